@@ -1,0 +1,325 @@
+//! Aligned buffers and their pool.
+//!
+//! What must hold: a [`Buffer`] is the only handle to its memory, so it may be written; a [`SharedBuffer`]
+//! is one of several, so it may only be read. Memory goes back to the pool when the last handle is dropped,
+//! never before: a device operation keeps a handle until its completion, so the kernel's access is always
+//! covered by ownership. Buffers start at a multiple of 4096 bytes and are whole multiples of it long.
+//! Single-threaded by construction (`Rc`): buffers live on the data plane's thread.
+
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::cell::RefCell;
+use std::mem::ManuallyDrop;
+use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
+use std::rc::{Rc, Weak};
+
+use crate::units::{BLOCK_BYTES, ByteRange};
+
+const ALIGN: usize = BLOCK_BYTES as usize;
+/// Free lists hold buffers of 4 KiB << class; larger requests than the largest class are not pooled.
+const CLASSES: usize = 14;
+
+/// Memory owned by one buffer. Freed here, and only here.
+struct Memory {
+    start: NonNull<u8>,
+    bytes: usize,
+    class: u8,
+    pool: Weak<PoolInner>,
+}
+
+impl Memory {
+    fn allocate(bytes: usize, class: u8, pool: Weak<PoolInner>) -> Self {
+        assert!(bytes > 0 && bytes.is_multiple_of(ALIGN));
+        let layout = Self::layout(bytes);
+        // SAFETY: the layout has a non-zero size (asserted above).
+        let start = unsafe { alloc_zeroed(layout) };
+        let Some(start) = NonNull::new(start) else { handle_alloc_error(layout) };
+        Self { start, bytes, class, pool }
+    }
+
+    fn layout(bytes: usize) -> Layout {
+        match Layout::from_size_align(bytes, ALIGN) {
+            Ok(layout) => layout,
+            Err(_) => unreachable!("a buffer is far smaller than the address space"),
+        }
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: `start` came from `alloc_zeroed` with this very layout, and this is its only owner.
+        unsafe { dealloc(self.start.as_ptr(), Self::layout(self.bytes)) };
+    }
+}
+
+struct PoolInner {
+    free: RefCell<[Vec<Rc<Memory>>; CLASSES]>,
+    /// Bytes kept in the free lists, at most `keep_bytes_max`.
+    kept_bytes: std::cell::Cell<usize>,
+    keep_bytes_max: usize,
+    /// Bytes in buffers that are out.
+    used_bytes: std::cell::Cell<usize>,
+}
+
+impl PoolInner {
+    fn give_back(&self, memory: Rc<Memory>) {
+        debug_assert_eq!(Rc::strong_count(&memory), 1);
+        self.used_bytes.set(self.used_bytes.get() - memory.bytes);
+        let class = usize::from(memory.class);
+        if class < CLASSES && self.kept_bytes.get() + memory.bytes <= self.keep_bytes_max {
+            self.kept_bytes.set(self.kept_bytes.get() + memory.bytes);
+            self.free.borrow_mut()[class].push(memory);
+        }
+    }
+}
+
+/// A pool of aligned buffers; clones share it.
+#[derive(Clone)]
+pub struct BufferPool {
+    inner: Rc<PoolInner>,
+}
+
+impl BufferPool {
+    /// A pool that keeps at most `keep_bytes_max` bytes of free buffers for reuse.
+    #[must_use]
+    pub fn new(keep_bytes_max: usize) -> Self {
+        let inner = PoolInner {
+            free: RefCell::new(std::array::from_fn(|_| Vec::new())),
+            kept_bytes: 0.into(),
+            keep_bytes_max,
+            used_bytes: 0.into(),
+        };
+        Self { inner: Rc::new(inner) }
+    }
+
+    /// A buffer of at least `bytes` bytes. Its content is unspecified (zeroes or an earlier use's bytes).
+    #[must_use]
+    pub fn take(&self, bytes: usize) -> Buffer {
+        let blocks = bytes.max(1).div_ceil(ALIGN);
+        let class = blocks.next_power_of_two().trailing_zeros() as usize;
+        let pooled = if class < CLASSES { self.inner.free.borrow_mut()[class].pop() } else { None };
+        let memory = if let Some(memory) = pooled {
+            self.inner.kept_bytes.set(self.inner.kept_bytes.get() - memory.bytes);
+            memory
+        } else {
+            let bytes = if class < CLASSES { ALIGN << class } else { blocks * ALIGN };
+            Rc::new(Memory::allocate(bytes, class as u8, Rc::downgrade(&self.inner)))
+        };
+        self.inner.used_bytes.set(self.inner.used_bytes.get() + memory.bytes);
+        Buffer { memory: ManuallyDrop::new(memory) }
+    }
+
+    /// A payload for the bytes of `range`, placed so that it can be widened to whole 4 KiB blocks in place
+    /// (see [`Payload`]).
+    #[must_use]
+    pub fn payload_for(&self, range: ByteRange) -> UniquePayload {
+        let wide = range.expanded_to(BLOCK_BYTES);
+        let buffer = self.take(wide.len as usize);
+        UniquePayload { buffer, start: (range.offset - wide.offset) as usize, len: range.len as usize }
+    }
+
+    /// Bytes of memory in buffers that are in use.
+    #[must_use]
+    pub fn used_bytes(&self) -> usize {
+        self.inner.used_bytes.get()
+    }
+
+    /// Bytes of memory kept free for reuse.
+    #[must_use]
+    pub fn kept_bytes(&self) -> usize {
+        self.inner.kept_bytes.get()
+    }
+}
+
+impl std::fmt::Debug for BufferPool {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("BufferPool").field("used_bytes", &self.used_bytes()).finish_non_exhaustive()
+    }
+}
+
+/// The only handle to an aligned piece of memory.
+pub struct Buffer {
+    memory: ManuallyDrop<Rc<Memory>>,
+}
+
+impl Buffer {
+    /// Gives up the right to write; the memory can then be shared.
+    #[must_use]
+    pub fn share(self) -> SharedBuffer {
+        let mut this = ManuallyDrop::new(self);
+        // SAFETY: `this` is never used again and its destructor does not run, so the handle moves out once.
+        let memory = unsafe { ManuallyDrop::take(&mut this.memory) };
+        SharedBuffer { memory: ManuallyDrop::new(memory) }
+    }
+}
+
+impl Deref for Buffer {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        // SAFETY: the memory is `bytes` long, initialised since its allocation, and lives as long as `self`.
+        unsafe { std::slice::from_raw_parts(self.memory.start.as_ptr(), self.memory.bytes) }
+    }
+}
+
+impl DerefMut for Buffer {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        debug_assert_eq!(Rc::strong_count(&self.memory), 1);
+        // SAFETY: as for `deref`; and a `Buffer` is the only handle to its memory, borrowed mutably here.
+        unsafe { std::slice::from_raw_parts_mut(self.memory.start.as_ptr(), self.memory.bytes) }
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        // SAFETY: this is the destructor: the handle is not used again.
+        release(unsafe { ManuallyDrop::take(&mut self.memory) });
+    }
+}
+
+/// One of several read-only handles to an aligned piece of memory.
+pub struct SharedBuffer {
+    memory: ManuallyDrop<Rc<Memory>>,
+}
+
+impl SharedBuffer {
+    /// Takes the right to write back where this is the last handle.
+    ///
+    /// # Errors
+    /// Gives itself back where other handles are out.
+    pub fn into_unique(self) -> Result<Buffer, Self> {
+        if Rc::strong_count(&self.memory) != 1 {
+            return Err(self);
+        }
+        let mut this = ManuallyDrop::new(self);
+        // SAFETY: as in `Buffer::share`.
+        let memory = unsafe { ManuallyDrop::take(&mut this.memory) };
+        Ok(Buffer { memory: ManuallyDrop::new(memory) })
+    }
+}
+
+impl Clone for SharedBuffer {
+    fn clone(&self) -> Self {
+        Self { memory: ManuallyDrop::new(Rc::clone(&self.memory)) }
+    }
+}
+
+impl Deref for SharedBuffer {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        // SAFETY: as for `Buffer::deref`; no handle that may write exists while this one does.
+        unsafe { std::slice::from_raw_parts(self.memory.start.as_ptr(), self.memory.bytes) }
+    }
+}
+
+impl Drop for SharedBuffer {
+    fn drop(&mut self) {
+        // SAFETY: this is the destructor: the handle is not used again.
+        release(unsafe { ManuallyDrop::take(&mut self.memory) });
+    }
+}
+
+fn release(memory: Rc<Memory>) {
+    if Rc::strong_count(&memory) == 1
+        && let Some(pool) = memory.pool.upgrade()
+    {
+        pool.give_back(memory);
+    }
+}
+
+/// Bytes within a buffer that may still be written: what a client's WRITE is received into.
+///
+/// Made by [`BufferPool::payload_for`], `start` equals the range's offset modulo 4096 and the buffer reaches
+/// to the end of the last 4 KiB block, so a read-modify-write can fill the edges in place.
+pub struct UniquePayload {
+    /// The memory.
+    pub buffer: Buffer,
+    /// First byte of the payload in it.
+    pub start: usize,
+    /// Bytes of payload.
+    pub len: usize,
+}
+
+impl UniquePayload {
+    /// The payload's bytes.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        &self.buffer[self.start..self.start + self.len]
+    }
+
+    /// The payload's bytes, to be written.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut self.buffer[self.start..self.start + self.len]
+    }
+
+    /// Gives up the right to write.
+    #[must_use]
+    pub fn share(self) -> Payload {
+        Payload { start: self.start, len: self.len, buffer: self.buffer.share() }
+    }
+}
+
+/// Bytes within a shared buffer: what a device write sends or a read's reply carries.
+#[derive(Clone)]
+pub struct Payload {
+    /// The memory.
+    pub buffer: SharedBuffer,
+    /// First byte of the payload in it.
+    pub start: usize,
+    /// Bytes of payload.
+    pub len: usize,
+}
+
+impl Payload {
+    /// The payload's bytes.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        &self.buffer[self.start..self.start + self.len]
+    }
+}
+
+macro_rules! opaque_debug {
+    ($($name:ty),*) => {$(
+        impl std::fmt::Debug for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                write!(f, concat!(stringify!($name), "(..)"))
+            }
+        }
+    )*};
+}
+opaque_debug!(Buffer, SharedBuffer, UniquePayload, Payload);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_returns_to_the_pool_with_the_last_handle() {
+        let pool = BufferPool::new(1 << 20);
+        let mut buffer = pool.take(5000);
+        assert_eq!(buffer.len(), 8192);
+        assert_eq!(buffer.as_ptr().align_offset(4096), 0);
+        buffer[7] = 9;
+        let (a, b) = {
+            let shared = buffer.share();
+            (shared.clone(), shared)
+        };
+        let a = a.into_unique().unwrap_err();
+        drop(b);
+        assert_eq!(pool.used_bytes(), 8192);
+        let unique = a.into_unique().unwrap();
+        assert_eq!(unique[7], 9);
+        drop(unique);
+        assert_eq!((pool.used_bytes(), pool.kept_bytes()), (0, 8192));
+        let again = pool.take(8192);
+        assert_eq!((pool.used_bytes(), pool.kept_bytes()), (8192, 0));
+        drop(pool);
+        drop(again); // outlives its pool: freed, not leaked
+    }
+
+    #[test]
+    fn payloads_stand_where_their_edges_can_be_filled() {
+        let pool = BufferPool::new(0);
+        let payload = pool.payload_for(ByteRange::new(4095, 2));
+        assert_eq!((payload.start, payload.len, payload.buffer.len()), (4095, 2, 8192));
+    }
+}

@@ -1,0 +1,3 @@
+//! The `nbdmirror` command.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! The simulator: seeded worlds in which the core must keep its promises.
