@@ -18,7 +18,7 @@ pub mod engine;
 pub mod format;
 pub mod mirror;
 pub mod nbd;
+pub mod planted;
 #[cfg(any(test, feature = "sim"))]
 pub mod sim;
-pub mod planted;
 pub mod units;

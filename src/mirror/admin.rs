@@ -60,7 +60,10 @@ impl AdminState {
 impl Mirror {
     pub(super) fn admin_command(&mut self, id: AdminId, command: AdminCommand) {
         if self.config.read_only && !matches!(command, AdminCommand::Stop) {
-            self.refuse(id, "the volume is served read-only: start it without --read-only to change its replicas");
+            self.refuse(
+                id,
+                "the volume is served read-only: start it without --read-only to change its replicas",
+            );
             return;
         }
         if !self.open && !matches!(command, AdminCommand::Stop) {
@@ -109,7 +112,8 @@ impl Mirror {
         let attached = self.active().contains(slot);
         let text = self.describe(slot);
         if attached && !self.fail_replica(slot, MemberState::Faulty, "removed by the operator".to_owned()) {
-            let text = format!("{text} is the last replica in sync and cannot be removed; add another one first");
+            let text =
+                format!("{text} is the last replica in sync and cannot be removed; add another one first");
             self.refuse(id, &text);
             return;
         }
@@ -132,7 +136,8 @@ impl Mirror {
     }
 
     fn admin_add(&mut self, id: AdminId, candidate: Box<Candidate>) {
-        let misaligned = u64::from(candidate.traits.io_align) > self.io_align && self.tasks.iter().next().is_some();
+        let misaligned =
+            u64::from(candidate.traits.io_align) > self.io_align && self.tasks.iter().next().is_some();
         if misaligned {
             // New requests keep the larger alignment; the replica comes in when the others have ended.
             self.io_align = u64::from(candidate.traits.io_align);
@@ -200,7 +205,8 @@ impl Mirror {
     /// The member, not in use, whose identity `found` has.
     fn member_like(&self, found: &Found) -> Option<ReplicaSlot> {
         let uuid = found.superblock.own_entry()?.uuid;
-        let idle = |slot: &ReplicaSlot| !self.replica(*slot).attached && self.replica(*slot).member.uuid == uuid;
+        let idle =
+            |slot: &ReplicaSlot| !self.replica(*slot).attached && self.replica(*slot).member.uuid == uuid;
         self.members().iter().find(idle)
     }
 
@@ -250,7 +256,8 @@ impl Mirror {
         self.meta.dirty = true;
         self.out.push(Action::Attach { id, slot });
         let bytes = self.bytes_in(&self.maps.stale[slot.index()]);
-        let how = full.map_or_else(|| "what it missed".to_owned(), |why| format!("everything, because {why}"));
+        let how =
+            full.map_or_else(|| "what it missed".to_owned(), |why| format!("everything, because {why}"));
         let text = format!("{} is resyncing: {bytes} bytes to copy ({how})", self.describe(slot));
         self.notice(NoticeLevel::Info, text.clone());
         self.admin.pending.push(Pending::Answer(id, text));
@@ -329,7 +336,9 @@ impl Mirror {
             let result = if clean {
                 Ok("stopped, clean".to_owned())
             } else {
-                Err(AdminError("stopped, but not clean: the next start will resync what was dirty".to_owned()))
+                Err(AdminError(
+                    "stopped, but not clean: the next start will resync what was dirty".to_owned(),
+                ))
             };
             self.out.push(Action::AdminDone { id, result });
         } else {

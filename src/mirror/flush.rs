@@ -69,8 +69,13 @@ impl Mirror {
         if planted(Bug::FlushOneReplicaOnly) {
             slots = slots.first().map(ReplicaSet::only).unwrap_or_default();
         }
-        let ticket =
-            Ticket { owner, remaining: slots, ok: ReplicaSet::EMPTY, failed: ReplicaSet::EMPTY, errno: Errno::EIO };
+        let ticket = Ticket {
+            owner,
+            remaining: slots,
+            ok: ReplicaSet::EMPTY,
+            failed: ReplicaSet::EMPTY,
+            errno: Errno::EIO,
+        };
         let key = self.flushes.tickets.insert(ticket);
         for slot in slots.iter() {
             if self.replica(slot).flush_failed && !planted(Bug::FlushFailureForgotten) {

@@ -25,9 +25,11 @@ use super::slab::Key;
 use super::{Mirror, Work};
 use crate::buffer::Payload;
 use crate::format::bitmap::{Bitmap, encode_page};
-use crate::format::layout::{Layout, REGIONS_PER_PAGE};
+use crate::format::layout::REGIONS_PER_PAGE;
 use crate::planted::{Bug, planted};
-use crate::units::{BLOCK_BYTES, ByteRange, Nanos, REPLICAS_MAX, RegionIndex, ReplicaSet, ReplicaSlot, SECOND_NS};
+use crate::units::{
+    BLOCK_BYTES, ByteRange, Nanos, REPLICAS_MAX, RegionIndex, ReplicaSet, ReplicaSlot, SECOND_NS,
+};
 
 /// Page commits in flight at the same time.
 const COMMITS_MAX: usize = 32;
@@ -266,9 +268,9 @@ impl Mirror {
     pub(super) fn settle_pages_in_use(&mut self) {
         for index in 0..self.pages.pages.len() {
             let maps = std::iter::once(&self.maps.intent).chain(&self.maps.stale);
-            let used = maps.map(Bitmap::as_raw_slice).any(|words| {
-                words[words_of(index, words.len())].iter().any(|word| *word != 0)
-            });
+            let used = maps
+                .map(Bitmap::as_raw_slice)
+                .any(|words| words[words_of(index, words.len())].iter().any(|word| *word != 0));
             if used {
                 self.settle_page(index);
             }
@@ -469,11 +471,6 @@ impl Mirror {
                 self.touch_page(page_of(*region), false);
             }
         }
-    }
-
-    /// Metadata pages of a volume.
-    pub(super) fn page_count(&self) -> u64 {
-        Layout::pages(self.regions)
     }
 
     /// Says once that metadata cannot be recorded; writes fail until it can.

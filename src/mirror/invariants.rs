@@ -28,7 +28,10 @@ impl Mirror {
             self.check_stale_cover();
         }
         for (index, writes) in self.region_writes.iter().enumerate() {
-            assert!(*writes == 0 || self.maps.intent[index] || self.broken, "a region being written is dirty");
+            assert!(
+                *writes == 0 || self.maps.intent[index] || self.broken,
+                "a region being written is dirty"
+            );
         }
         let held: ReplicaSet = self.active().iter().filter(|slot| self.replica(*slot).attached).collect();
         assert_eq!(held, if self.config.read_only { held } else { self.active() });

@@ -86,10 +86,9 @@ impl Mirror {
         let entropy = self.config.entropy;
         let high = mix((entropy >> 64) as u64 ^ mix(self.meta.generations));
         let low = mix(entropy as u64 ^ mix(self.meta.generations ^ 0x5bd1_e995));
-        self.head.generation = uuid::Builder::from_random_bytes(
-            (u128::from(high) << 64 | u128::from(low)).to_be_bytes(),
-        )
-        .into_uuid();
+        self.head.generation =
+            uuid::Builder::from_random_bytes((u128::from(high) << 64 | u128::from(low)).to_be_bytes())
+                .into_uuid();
         assert!(self.head.generation != Uuid::nil());
     }
 
@@ -292,7 +291,9 @@ impl Mirror {
             return ReplicaSet::EMPTY;
         }
         let ready = |slot: &ReplicaSlot| {
-            self.stale_count[slot.index()] == 0 && self.pages.nothing_owed(*slot) && !self.is_job_target(*slot)
+            self.stale_count[slot.index()] == 0
+                && self.pages.nothing_owed(*slot)
+                && !self.is_job_target(*slot)
         };
         self.resyncing.iter().filter(ready).collect()
     }
@@ -306,7 +307,7 @@ impl Mirror {
             } else {
                 // Whoever waits for the change is told that it cannot be recorded.
                 let held = std::mem::take(&mut self.held);
-                self.work.extend(held.into_iter().map(|task| Work::Unrecorded(task)));
+                self.work.extend(held.into_iter().map(Work::Unrecorded));
                 for id in std::mem::take(&mut self.held_flushes) {
                     self.reply_flush(id, false);
                 }

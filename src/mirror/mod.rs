@@ -210,7 +210,9 @@ impl Mirror {
 
     fn do_work(&mut self, work: Work) {
         match work {
-            Work::Granted(key) if planted(Bug::OverlapRace) && !matches!(self.tasks.get(key), Some(Task::Job(_))) => {
+            Work::Granted(key)
+                if planted(Bug::OverlapRace) && !matches!(self.tasks.get(key), Some(Task::Job(_))) =>
+            {
                 if let Some(Task::Read(_)) = self.tasks.get(key) {
                     self.read_granted(key);
                 }

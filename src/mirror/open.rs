@@ -112,7 +112,7 @@ impl Mirror {
             }
         }
         for slot in self.resyncing.iter() {
-            self.widen_stale(slot, None.or(Some(&intent)));
+            self.widen_stale(slot, Some(&intent));
             let member = &mut self.replica_mut(slot).member;
             shrunk |= member.state == MemberState::InSync;
             member.state = MemberState::Resyncing;
@@ -120,8 +120,10 @@ impl Mirror {
         for slot in self.in_sync.iter() {
             self.replica_mut(slot).member.state = MemberState::InSync;
         }
-        for slot in ReplicaSlot::all().filter(|slot| self.replicas[slot.index()].is_none()) {
-            self.drop_stale(slot);
+        for slot in ReplicaSlot::all() {
+            if self.replicas[slot.index()].is_none() {
+                self.drop_stale(slot);
+            }
         }
         // A replica that is in sync misses nothing, whatever an old map says (assembly has looked at it).
         for slot in self.in_sync.iter() {

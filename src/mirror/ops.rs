@@ -88,7 +88,12 @@ impl Mirror {
     }
 
     /// Tells the owner of an operation how it ended.
-    pub(super) fn complete(&mut self, owner: OpOwner, slot: ReplicaSlot, result: Result<DeviceOutput, Errno>) {
+    pub(super) fn complete(
+        &mut self,
+        owner: OpOwner,
+        slot: ReplicaSlot,
+        result: Result<DeviceOutput, Errno>,
+    ) {
         match owner {
             OpOwner::Read(task) => self.read_done(task, slot, result),
             OpOwner::Edge(task, edge) => self.edge_done(task, edge, slot, result),

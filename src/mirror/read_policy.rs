@@ -103,8 +103,12 @@ impl ReadPolicy {
     /// A replica was opened anew: what was seen of the one in this slot before says nothing.
     pub(super) fn forget(&mut self, slot: ReplicaSlot) {
         let old = self.stats[slot.index()];
-        self.stats[slot.index()] =
-            ReplicaStats { reads: old.reads, read_bytes: old.read_bytes, writes: old.writes, ..Default::default() };
+        self.stats[slot.index()] = ReplicaStats {
+            reads: old.reads,
+            read_bytes: old.read_bytes,
+            writes: old.writes,
+            ..Default::default()
+        };
     }
 
     /// Chooses among `candidates` (not empty) for a read of `range`.
@@ -151,7 +155,11 @@ impl ReadPolicy {
             .filter(|slot| {
                 let stats = &self.stats[slot.index()];
                 let ns = stats.latency_ns[class];
-                if least == 0 { ns == 0 && stats.reads_in_flight == 0 } else { ns <= least.saturating_mul(SLOW_RATIO) }
+                if least == 0 {
+                    ns == 0 && stats.reads_in_flight == 0
+                } else {
+                    ns <= least.saturating_mul(SLOW_RATIO)
+                }
             })
             .collect();
         let fast = if fast.is_empty() {
@@ -203,7 +211,8 @@ impl ReadPolicy {
         let stats = &mut self.stats[slot.index()];
         let shift = if std::mem::take(&mut stats.probing) { 1 } else { 3 };
         let class = &mut stats.latency_ns[class_of(bytes)];
-        let sample = if failed { latency_ns.max(ERROR_LATENCY_NS).max(class.saturating_mul(4)) } else { latency_ns };
+        let sample =
+            if failed { latency_ns.max(ERROR_LATENCY_NS).max(class.saturating_mul(4)) } else { latency_ns };
         *class = smooth(*class, sample, if failed { 1 } else { shift });
         if !failed {
             stats.reads += 1;

@@ -88,7 +88,9 @@ impl Mirror {
     }
 
     pub(super) fn replica_mut(&mut self, slot: ReplicaSlot) -> &mut Replica {
-        let Some(replica) = &mut self.replicas[slot.index()] else { unreachable!("slot {slot} has a replica") };
+        let Some(replica) = &mut self.replicas[slot.index()] else {
+            unreachable!("slot {slot} has a replica")
+        };
         replica
     }
 

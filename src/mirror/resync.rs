@@ -97,7 +97,11 @@ impl ResyncState {
     pub(super) fn rate_bytes_per_s(&self, now: Nanos) -> u64 {
         let Some((then, bytes)) = self.marks.front() else { return 0 };
         let ns = now.since(*then);
-        if ns == 0 { 0 } else { (u128::from(self.done_bytes - bytes) * 1_000_000_000 / u128::from(ns)) as u64 }
+        if ns == 0 {
+            0
+        } else {
+            (u128::from(self.done_bytes - bytes) * 1_000_000_000 / u128::from(ns)) as u64
+        }
     }
 
     fn mark(&mut self, now: Nanos) {
@@ -194,7 +198,8 @@ impl Mirror {
         }
         // Clients go first: half the jobs while requests are in flight, but always one.
         let busy = self.tasks.len() > self.resync.active.len();
-        let jobs_max = if busy { self.config.resync_jobs_max.div_ceil(2) } else { self.config.resync_jobs_max };
+        let jobs_max =
+            if busy { self.config.resync_jobs_max.div_ceil(2) } else { self.config.resync_jobs_max };
         let now = self.now;
         while self.resync.active.len() < jobs_max.max(1)
             && let Some(region) = self.next_region()
@@ -239,7 +244,8 @@ impl Mirror {
             self.job_end(key, JobEnd::Done);
             return;
         }
-        let preferred: ReplicaSet = sources.iter().filter(|slot| !self.policy.is_write_mostly(*slot)).collect();
+        let preferred: ReplicaSet =
+            sources.iter().filter(|slot| !self.policy.is_write_mostly(*slot)).collect();
         let Some(mut source) = preferred.first().or(sources.first()) else {
             self.job_end(key, JobEnd::Failed);
             return;
@@ -289,7 +295,8 @@ impl Mirror {
         let (in_sync, active) = (self.in_sync, self.active());
         let job = self.job_mut(key);
         job.targets = job.targets.intersection(active);
-        let source_ok = job.source.is_some_and(|slot| in_sync.contains(slot) || planted(Bug::ResyncWrongDirection));
+        let source_ok =
+            job.source.is_some_and(|slot| in_sync.contains(slot) || planted(Bug::ResyncWrongDirection));
         source_ok && !job.targets.is_empty()
     }
 
@@ -438,7 +445,6 @@ fn runs_of(bytes: &[u8]) -> Vec<(ByteRange, bool)> {
     let mut runs: Vec<(ByteRange, bool)> = Vec::new();
     let mut offset = 0;
     for unit in bytes.chunks(ZERO_RUN_BYTES as usize) {
-        // SAFETY-free fast check: compare as 128-bit words, the rest byte by byte.
         let (words, rest) = unit.as_chunks::<16>();
         let zero = words.iter().all(|word| *word == [0; 16]) && rest.iter().all(|byte| *byte == 0);
         let len = unit.len() as u64;

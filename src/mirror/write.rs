@@ -428,7 +428,8 @@ impl WriteTask {
                 let base = data.start - (self.range.offset - self.span.offset) as usize;
                 for edge in &mut self.edges {
                     let Some(content) = edge.content.take() else { unreachable!("every edge was read") };
-                    let head = self.range.offset.saturating_sub(edge.block.offset).min(edge.block.len) as usize;
+                    let head =
+                        self.range.offset.saturating_sub(edge.block.offset).min(edge.block.len) as usize;
                     let at = base + (edge.block.offset - self.span.offset) as usize;
                     data.buffer[at..at + head].copy_from_slice(&content[..head]);
                     if self.range.end() < edge.block.end() {
@@ -452,7 +453,8 @@ impl WriteTask {
 
     /// Widens the payload to the span and shares it.
     fn finish_data(&mut self) {
-        let Content::Filling(mut data) = std::mem::replace(&mut self.content, Content::Zeroes { may_unmap: false })
+        let Content::Filling(mut data) =
+            std::mem::replace(&mut self.content, Content::Zeroes { may_unmap: false })
         else {
             unreachable!("asked once")
         };
