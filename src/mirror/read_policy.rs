@@ -117,7 +117,10 @@ impl ReadPolicy {
         let preferred = candidates.difference(self.write_mostly);
         let candidates = if preferred.is_empty() { candidates } else { preferred };
         let class = class_of(range.len);
-        let slot = self.probe(candidates, class).unwrap_or_else(|| self.best(candidates, class, range));
+        // A read that continues a stream is no probe: it would take the stream with it.
+        let stream = self.streams.iter().flatten().find(|stream| stream.next_offset == range.offset).copied();
+        let probe = if stream.is_none() { self.probe(candidates, class) } else { None };
+        let slot = probe.unwrap_or_else(|| self.best(candidates, class, stream));
         self.stats[slot.index()].chosen_at = self.clock;
         self.stats[slot.index()].reads_since_probe = 0;
         self.remember_stream(range, slot);
@@ -144,7 +147,7 @@ impl ReadPolicy {
         None
     }
 
-    fn best(&self, candidates: ReplicaSet, class: usize, range: ByteRange) -> ReplicaSlot {
+    fn best(&self, candidates: ReplicaSet, class: usize, stream: Option<Stream>) -> ReplicaSlot {
         let least = self.least_latency(candidates, class);
         // One that was never measured counts as the best, so that it gets measured; but one read at a time.
         let fast: ReplicaSet = candidates
@@ -167,7 +170,6 @@ impl ReadPolicy {
             fast
         };
         let load_least = fast.iter().map(|slot| self.stats[slot.index()].load()).min().unwrap_or(0);
-        let stream = self.streams.iter().flatten().find(|stream| stream.next_offset == range.offset);
         if let Some(stream) = stream
             && fast.contains(stream.slot)
             && self.stats[stream.slot.index()].load() <= load_least + STREAM_LOAD_MARGIN
