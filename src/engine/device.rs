@@ -80,7 +80,9 @@ pub enum DeviceOpenError {
         verb: &'static str,
     },
     /// On a read-only filesystem or a write-protected disk.
-    #[error("{path} is read-only. Remount its filesystem (or unprotect the disk) for writing, or serve with --read-only")]
+    #[error(
+        "{path} is read-only. Remount its filesystem (or unprotect the disk) for writing, or serve with --read-only"
+    )]
     ReadOnly {
         /// Its path.
         path: String,
@@ -94,7 +96,9 @@ pub enum DeviceOpenError {
         path: String,
     },
     /// Mounted, or part of something else.
-    #[error("{path} is in use by the kernel (mounted, swap, LVM, md or held by another program). Free it first; `lsblk` and `fuser` show by whom")]
+    #[error(
+        "{path} is in use by the kernel (mounted, swap, LVM, md or held by another program). Free it first; `lsblk` and `fuser` show by whom"
+    )]
     InUse {
         /// Its path.
         path: String,
@@ -138,8 +142,8 @@ impl ReplicaDevice {
         let fail = |doing: &'static str, source| DeviceOpenError::Io { path: shown.clone(), doing, source };
         // Asked before opening: to open a FIFO or a tape may wait or act.
         let before = std::fs::metadata(path).map_err(|error| open_error(&shown, access, error))?;
-        let kind = kind_of(&before)
-            .map_err(|what| DeviceOpenError::WrongKind { path: shown.clone(), what })?;
+        let kind =
+            kind_of(&before).map_err(|what| DeviceOpenError::WrongKind { path: shown.clone(), what })?;
         let mut flags = libc::O_NOCTTY | libc::O_NONBLOCK;
         if kind == DeviceKind::BlockDevice && access == Access::ReadWrite {
             flags |= libc::O_EXCL;
@@ -207,8 +211,7 @@ impl ReplicaDevice {
             }
             let start = (part.offset - wide.offset) as usize;
             let from = (part.offset - range.offset) as usize;
-            bytes[start..start + part.len as usize]
-                .copy_from_slice(&buf[from..from + part.len as usize]);
+            bytes[start..start + part.len as usize].copy_from_slice(&buf[from..from + part.len as usize]);
             self.file.write_all_at(bytes, wide.offset)?;
         }
         Ok(())
@@ -337,7 +340,9 @@ fn lock(file: &File, kind: DeviceKind, access: Access, path: &str) -> Result<(),
             Some(libc::EINTR) => {}
             // A filesystem without locks: better served unlocked than not at all.
             Some(libc::ENOLCK | libc::ENOSYS | libc::EOPNOTSUPP) => {
-                tracing::warn!("{path}: its filesystem has no locks; take care that nothing else writes to it");
+                tracing::warn!(
+                    "{path}: its filesystem has no locks; take care that nothing else writes to it"
+                );
                 return Ok(());
             }
             _ => return Err(DeviceOpenError::Io { path: path.to_owned(), doing: "lock it", source }),

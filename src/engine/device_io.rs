@@ -15,9 +15,9 @@
 
 use std::os::fd::RawFd;
 
+use io_uring::opcode;
 use io_uring::squeue::{Entry, Flags};
 use io_uring::types::{Fd, FsyncFlags};
-use io_uring::opcode;
 use nix::errno::Errno;
 
 use crate::buffer::{Buffer, Payload, SharedBuffer};
@@ -151,7 +151,12 @@ impl DeviceIo {
                 let part = &mut buffer[*done as usize..*len as usize];
                 // SAFETY: writes at most `part.len()` bytes to `part`, which is borrowed mutably here.
                 unsafe {
-                    libc::pread(self.fd, part.as_mut_ptr().cast(), part.len(), (*offset + *done) as libc::off_t)
+                    libc::pread(
+                        self.fd,
+                        part.as_mut_ptr().cast(),
+                        part.len(),
+                        (*offset + *done) as libc::off_t,
+                    )
                 }
             }
             Work::Write { offset, done, data, durable } => {
@@ -179,7 +184,8 @@ impl DeviceIo {
             Work::Read { len, done, .. } => (*len, done, result as u64),
             Work::Write { data, done, .. } => (data.len as u64, done, result as u64),
             Work::Zero { len, done, how, .. } => {
-                let moved = if *how == ZeroHow::Write { result as u64 } else { (*len - *done).min(ZERO_BYTES_MAX) };
+                let moved =
+                    if *how == ZeroHow::Write { result as u64 } else { (*len - *done).min(ZERO_BYTES_MAX) };
                 (*len, done, moved)
             }
         };
@@ -204,7 +210,10 @@ impl DeviceIo {
         }
         if let Work::Zero { how, .. } = &mut self.work
             && *how != ZeroHow::Write
-            && matches!(errno, Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL | Errno::ENODEV | Errno::ENOTTY)
+            && matches!(
+                errno,
+                Errno::EOPNOTSUPP | Errno::ENOSYS | Errno::EINVAL | Errno::ENODEV | Errno::ENOTTY
+            )
         {
             // A hole may always be filled instead; what must be provisioned may not be punched.
             *how = if *how == ZeroHow::Punch { ZeroHow::ZeroRange } else { ZeroHow::Write };
@@ -293,7 +302,9 @@ mod tests {
         let io = again(io.advance(-libc::EOPNOTSUPP));
         let io = again(io.advance(-libc::EOPNOTSUPP));
         let io = again(io.advance(ZEROES_BYTES as i32));
-        assert!(matches!(&io.work, Work::Zero { done, how: ZeroHow::Write, .. } if *done == (1 << 30) + (1 << 20)));
+        assert!(
+            matches!(&io.work, Work::Zero { done, how: ZeroHow::Write, .. } if *done == (1 << 30) + (1 << 20))
+        );
         assert_eq!(ended(io.advance(-libc::ENOSPC)).unwrap_err(), Errno::ENOSPC);
         let io = again(zero(false).advance(-libc::EOPNOTSUPP));
         assert!(matches!(&io.work, Work::Zero { done: 0, how: ZeroHow::Write, .. }));

@@ -31,7 +31,8 @@ pub(super) fn enable_direct(file: &File, kind: DeviceKind, device_bytes: u64) ->
     if device_bytes >= BLOCK_BYTES && fcntl(file, FcntlArg::F_SETFL(flags | OFlag::O_DIRECT)).is_ok() {
         let wanted = direct_align(file, kind);
         let tried = wanted.filter(|align| direct_read_works(file, *align));
-        let align = tried.or_else(|| direct_read_works(file, BLOCK_BYTES as u32).then_some(BLOCK_BYTES as u32));
+        let align =
+            tried.or_else(|| direct_read_works(file, BLOCK_BYTES as u32).then_some(BLOCK_BYTES as u32));
         if align.is_some() {
             return Ok(align);
         }

@@ -134,7 +134,10 @@ impl Ring {
 impl Drop for Ring {
     fn drop(&mut self) {
         if self.in_flight.len() > 0 {
-            tracing::error!("{} operations in flight at the ring's end: their memory is kept", self.in_flight());
+            tracing::error!(
+                "{} operations in flight at the ring's end: their memory is kept",
+                self.in_flight()
+            );
             std::mem::forget(std::mem::replace(&mut self.in_flight, Slab::new()));
         }
     }

@@ -6,9 +6,9 @@
 use std::collections::VecDeque;
 use std::os::fd::RawFd;
 
+use io_uring::opcode;
 use io_uring::squeue::Entry;
 use io_uring::types::Fd;
-use io_uring::opcode;
 use nix::errno::Errno;
 
 use super::slab::Key;

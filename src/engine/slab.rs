@@ -104,7 +104,9 @@ mod tests {
         let a = slab.insert('a');
         assert_eq!(slab.remove(a), Some('a'));
         let b = slab.insert('b');
-        assert_eq!((slab.get(a), slab.remove(a), slab.get_mut(a)), (None, None, None));
+        assert_eq!(slab.get(a), None);
+        assert_eq!(slab.get_mut(a), None);
+        assert_eq!(slab.remove(a), None);
         assert_eq!(slab.get(Key::from_u64(b.to_u64())), Some(&'b'));
         assert_eq!((slab.len(), slab.keys()), (1, vec![b]));
     }
