@@ -41,7 +41,13 @@ pub(super) fn banner(status: &EngineStatus, places: &[Place], control: &Path) ->
     let access = if volume.read_only { "read-only" } else { "read-write" };
     let mut text = format!("Serving volume {}: {}, {access}\n", volume.name, pretty(volume.size_bytes));
     for replica in &volume.replicas {
-        let _ = write!(text, "  replica {}  {:9}  {}", replica.slot, status_view::state(replica.state), replica.path);
+        let _ = write!(
+            text,
+            "  replica {}  {:9}  {}",
+            replica.slot,
+            status_view::state(replica.state),
+            replica.path
+        );
         if replica.stale_bytes > 0 {
             let _ = write!(text, " ({} stale)", pretty(replica.stale_bytes));
         }
@@ -62,7 +68,8 @@ pub(super) fn banner(status: &EngineStatus, places: &[Place], control: &Path) ->
         attach_commands(&mut text, place, &volume.name);
     }
     let name = shell_word(&volume.name);
-    let _ = writeln!(text, "Look with `nbdmirror status {name}`, stop with Ctrl-C or `nbdmirror stop {name}`.");
+    let _ =
+        writeln!(text, "Look with `nbdmirror status {name}`, stop with Ctrl-C or `nbdmirror stop {name}`.");
     text
 }
 

@@ -57,7 +57,8 @@ impl Create {
             assume_clean: self.assume_clean,
             force: self.force,
         };
-        let words: Vec<String> = self.replica.iter().map(|path| shell_word(&path.display().to_string())).collect();
+        let words: Vec<String> =
+            self.replica.iter().map(|path| shell_word(&path.display().to_string())).collect();
         let plan = Plan::new(wish, replicas)?;
         let described = plan.describe();
         plan.carry_out()?;

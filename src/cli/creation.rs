@@ -147,7 +147,9 @@ fn check_content(replica: &Opened, force: bool) -> Result<(), Failure> {
             "{path} holds a replica of volume `{}` already",
             found.superblock.name
         ))
-        .hint("`nbdmirror serve` serves it, `nbdmirror examine` shows it; --force makes a new volume over it")),
+        .hint(
+            "`nbdmirror serve` serves it, `nbdmirror examine` shows it; --force makes a new volume over it",
+        )),
         Err(error) => Err(Failure::new(format!("{path} seems to hold a volume: {error}"))
             .hint("--force makes a new volume over it, if nothing on it is needed")),
     }
@@ -161,10 +163,16 @@ fn check_can_be_made(path: &Path) -> Result<(), Failure> {
     let folder = path.parent().unwrap_or(Path::new("/"));
     match std::fs::metadata(folder) {
         Ok(metadata) if metadata.is_dir() => Ok(()),
-        Ok(_) => Err(Failure::new(format!("{} is not a folder, so {} cannot be made in it", folder.display(), path.display()))),
+        Ok(_) => Err(Failure::new(format!(
+            "{} is not a folder, so {} cannot be made in it",
+            folder.display(),
+            path.display()
+        ))),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            Err(Failure::new(format!("the folder {} does not exist", folder.display()))
-                .hint(format!("make it first: mkdir -p {}", crate::format::describe::shell_word(&folder.display().to_string()))))
+            Err(Failure::new(format!("the folder {} does not exist", folder.display())).hint(format!(
+                "make it first: mkdir -p {}",
+                crate::format::describe::shell_word(&folder.display().to_string())
+            )))
         }
         Err(error) => Err(Failure::new(format!("cannot look at the folder {}: {error}", folder.display()))),
     }
@@ -187,9 +195,12 @@ fn choose_regions(wish: &Wish, replicas: &[Opened]) -> Result<Regions, Failure> 
     let region_bytes = wish.region_bytes.unwrap_or_else(|| Layout::default_region_bytes(smallest));
     let volume_bytes = Layout::volume_bytes_max(smallest, region_bytes);
     if volume_bytes == 0 {
-        let needed = Layout::device_bytes_min(Regions { volume_bytes: BLOCK_BYTES, region_bytes: REGION_BYTES_MIN });
-        return Err(Failure::new(format!("the smallest replica has {smallest} bytes, too few for any volume"))
-            .hint(format!("a replica has at least {needed} bytes")));
+        let needed =
+            Layout::device_bytes_min(Regions { volume_bytes: BLOCK_BYTES, region_bytes: REGION_BYTES_MIN });
+        return Err(Failure::new(format!(
+            "the smallest replica has {smallest} bytes, too few for any volume"
+        ))
+        .hint(format!("a replica has at least {needed} bytes")));
     }
     Ok(Regions { volume_bytes, region_bytes })
 }
@@ -278,9 +289,9 @@ fn cannot(path: &Path, doing: &str, error: &io::Error) -> Failure {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
             failure.hint("its filesystem is full; make room or choose another place")
         }
-        io::ErrorKind::FileTooLarge => {
-            failure.hint("its filesystem (or `ulimit -f`) does not take files of this size; choose a smaller --size")
-        }
+        io::ErrorKind::FileTooLarge => failure.hint(
+            "its filesystem (or `ulimit -f`) does not take files of this size; choose a smaller --size",
+        ),
         io::ErrorKind::PermissionDenied => failure.hint("choose a folder that you may write in"),
         io::ErrorKind::AlreadyExists => failure.hint("somebody made it just now; try again"),
         _ => failure,

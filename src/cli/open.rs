@@ -52,7 +52,8 @@ pub(super) fn distinct_paths(replicas: &[PathBuf]) -> Result<Vec<PathBuf>, Failu
 }
 
 pub(super) fn absolute(path: &Path) -> Result<PathBuf, Failure> {
-    std::path::absolute(path).map_err(|error| Failure::new(format!("cannot use `{}`: {error}", path.display())))
+    std::path::absolute(path)
+        .map_err(|error| Failure::new(format!("cannot use `{}`: {error}", path.display())))
 }
 
 /// What a path leads to.
@@ -148,9 +149,14 @@ mod tests {
         std::os::unix::fs::symlink(at("a"), at("soft")).unwrap();
         std::os::unix::fs::symlink(dir.path(), at("folder")).unwrap();
         assert!(distinct_paths(&[at("a"), at("b"), at("new")]).is_ok());
-        for (one, other) in
-            [("a", "a"), ("a", "hard"), ("a", "soft"), ("a", "folder/a"), ("new", "new"), ("new", "folder/new")]
-        {
+        for (one, other) in [
+            ("a", "a"),
+            ("a", "hard"),
+            ("a", "soft"),
+            ("a", "folder/a"),
+            ("new", "new"),
+            ("new", "folder/new"),
+        ] {
             let failure = distinct_paths(&[at(one), at(other)]).unwrap_err();
             assert!(failure.what.contains("same replica"), "{one} {other}");
         }

@@ -23,10 +23,9 @@ impl Man {
         command.build();
         let command = match self.verb {
             None => command,
-            Some(verb) => command
-                .find_subcommand(&verb)
-                .cloned()
-                .ok_or_else(|| Failure::new(format!("there is no verb `{verb}`")).hint("see `nbdmirror --help`"))?,
+            Some(verb) => command.find_subcommand(&verb).cloned().ok_or_else(|| {
+                Failure::new(format!("there is no verb `{verb}`")).hint("see `nbdmirror --help`")
+            })?,
         };
         let mut page = Vec::new();
         clap_mangen::Man::new(command)

@@ -27,15 +27,13 @@ use crate::control::runtime_dir::{CONTROL_SUFFIX, NBD_SUFFIX, prepare_runtime_di
 use crate::control::{self, ControlConfig};
 use crate::engine::availability::check_io_uring;
 use crate::engine::device::{Access, ReplicaDevice};
-use crate::engine::{Engine, EngineConfig};
+use crate::engine::{EngineConfig, MEMORY_BYTES_MAX_DEFAULT};
 use crate::format::Assembly;
 use crate::format::assemble::{AssembleOptions, assemble};
 use crate::mirror::MirrorConfig;
 use crate::nbd::export::Export;
 use crate::units::{REPLICAS_MAX, ReplicaSet, ReplicaSlot, SECOND_NS};
 
-/// Memory for requests in flight, if the operator does not say.
-const MEMORY_BYTES_DEFAULT: u64 = 256 << 20;
 const INTENT_IDLE_NS: u64 = 5 * SECOND_NS;
 const RESYNC_JOBS_MAX: usize = 4;
 
@@ -80,8 +78,9 @@ pub(super) struct Serve {
     /// Start from a stale replica alone: gives up writes that only the missing ones have.
     #[arg(long)]
     force: bool,
-    /// Memory for requests in flight.
-    #[arg(long, value_name = "SIZE", value_parser = parse_memory_size, default_value = "256M")]
+    /// Memory for requests in flight [default: 256M].
+    #[arg(long, value_name = "SIZE", value_parser = parse_memory_size,
+        default_value_t = MEMORY_BYTES_MAX_DEFAULT, hide_default_value = true)]
     memory: u64,
     /// Log more (-vv: everything).
     #[arg(short, long, action = clap::ArgAction::Count)]
@@ -91,7 +90,7 @@ pub(super) struct Serve {
     replica: Vec<PathBuf>,
 }
 
-const _: () = assert!(MEMORY_BYTES_DEFAULT >= MEMORY_BYTES_MIN);
+const _: () = assert!(MEMORY_BYTES_MAX_DEFAULT >= MEMORY_BYTES_MIN);
 /// Enough for two of the largest requests at once.
 const MEMORY_BYTES_MIN: u64 = 96 << 20;
 
@@ -169,11 +168,15 @@ impl Serve {
             return Plan::new(wish, opened).map(Creation::Planned);
         };
         if let Some(new) = opened.iter().find(|replica| is_new(replica)).filter(|_| !self.degraded) {
-            return Err(Failure::new(format!("{} holds a volume and {} does not", holder.path_text(), new.path_text()))
-                .hint(format!(
-                    "serve the volume without --create and with --degraded, then take {} in with `nbdmirror add`",
-                    new.path_text()
-                )));
+            return Err(Failure::new(format!(
+                "{} holds a volume and {} does not",
+                holder.path_text(),
+                new.path_text()
+            ))
+            .hint(format!(
+                "serve the volume without --create and with --degraded, then take {} in with `nbdmirror add`",
+                new.path_text()
+            )));
         }
         Ok(Creation::NotWanted(opened))
     }
@@ -224,7 +227,13 @@ impl Serve {
     }
 
     /// Starts the volume and serves it to its end.
-    fn start(&self, gathered: Gathered, assembly: Assembly, sockets: Sockets, write_mostly: &[PathBuf]) -> Outcome {
+    fn start(
+        &self,
+        gathered: Gathered,
+        assembly: Assembly,
+        sockets: Sockets,
+        write_mostly: &[PathBuf],
+    ) -> Outcome {
         let export = Arc::new(Export {
             name: assembly.head.name.clone(),
             description: "a volume mirrored by nbdmirror".to_owned(),
@@ -242,12 +251,10 @@ impl Serve {
             resync_jobs_max: RESYNC_JOBS_MAX,
         };
         let config = EngineConfig { mirror, assembly, devices, memory_bytes_max: self.memory };
-        let Engine { handle, thread } =
-            crate::engine::start(config).map_err(|error| Failure::new(error.to_string()))?;
-        let status = handle
-            .status()
-            .blocking_recv()
-            .map_err(|_| Failure::new("the engine ended as soon as it was started").hint("the log says why"))?;
+        let engine = crate::engine::start(config).map_err(|error| Failure::new(error.to_string()))?;
+        let status = engine.handle.status().blocking_recv().map_err(|_| {
+            Failure::new("the engine ended as soon as it was started").hint("the log says why")
+        })?;
         let listen_uris: Vec<String> =
             sockets.listeners.iter().map(|listener| banner::uri(&listener.place(), &export.name)).collect();
         let places: Vec<_> = sockets.listeners.iter().map(Listener::place).collect();
@@ -257,12 +264,16 @@ impl Serve {
             listen_uris,
             control: sockets.control,
             export,
-            engine: handle,
+            engine: engine.handle.clone(),
             open_replica: open_for_add,
         })?;
-        if thread.join().is_err() || !report.clean {
-            return Err(Failure::new("stopped, but the volume could not be marked clean")
-                .hint("the log says why; the next start resyncs the regions concerned"));
+        engine.join().map_err(|error| Failure::new(error.to_string()))?;
+        if !report.clean {
+            return Err(Failure::new(format!(
+                "stopped, but the volume could not be marked clean: {}",
+                report.message
+            ))
+            .hint("the log says why; the next start resyncs the regions concerned"));
         }
         print("Stopped, clean.\n")
     }

@@ -11,10 +11,11 @@ const BAR_WIDTH: u64 = 30;
 
 /// One line a volume.
 pub(super) fn list(volumes: &[VolumeStatus]) -> String {
-    let name_width = volumes.iter().map(|v| v.engine.volume.name.chars().count()).max().unwrap_or(0).max(6);
-    let mut text = format!("{:name_width$}  {:>9}  {:9}  {:8}  RESYNC\n", "VOLUME", "SIZE", "HEALTH", "REPLICAS");
+    let name_width = volumes.iter().map(|v| v.volume.name.chars().count()).max().unwrap_or(0).max(6);
+    let mut text =
+        format!("{:name_width$}  {:>9}  {:9}  {:8}  RESYNC\n", "VOLUME", "SIZE", "HEALTH", "REPLICAS");
     for status in volumes {
-        let volume = &status.engine.volume;
+        let volume = &status.volume;
         let in_sync = volume.replicas.iter().filter(|replica| replica.state == ReplicaState::InSync).count();
         let replicas = format!("{in_sync}/{}", volume.replicas.len());
         let resync = volume.resync.as_ref().map_or_else(|| "-".to_owned(), progress_in_words);
@@ -31,15 +32,21 @@ pub(super) fn list(volumes: &[VolumeStatus]) -> String {
 
 /// One volume and all of its replicas.
 pub(super) fn detail(status: &VolumeStatus) -> String {
-    let volume = &status.engine.volume;
+    let volume = &status.volume;
     let daemon = &status.daemon;
     let mut text = String::new();
     let read_only = if volume.read_only { ", read-only" } else { "" };
-    let _ = writeln!(text, "Volume {}: {}, {}{read_only}", volume.name, health(volume.health), pretty(volume.size_bytes));
+    let _ = writeln!(
+        text,
+        "Volume {}: {}, {}{read_only}",
+        volume.name,
+        health(volume.health),
+        pretty(volume.size_bytes)
+    );
     let _ = writeln!(text, "  identity  {}", volume.volume_uuid);
     let _ = writeln!(text, "  daemon    pid {}, up {}", daemon.pid, duration(daemon.uptime_s));
     for (index, uri) in daemon.listen.iter().enumerate() {
-        let _ = writeln!(text, "  {:8}  {uri}", if index == 0 { "clients" } else { "" });
+        let _ = writeln!(text, "  {:8}  {uri}", if index == 0 { "serves" } else { "" });
     }
     let _ = writeln!(text, "  control   {}", daemon.control);
     clients(&mut text, status);
@@ -56,16 +63,17 @@ pub(super) fn detail(status: &VolumeStatus) -> String {
 }
 
 fn clients(text: &mut String, status: &VolumeStatus) {
-    let counters = &status.engine.volume.clients;
+    let counters = &status.volume.clients;
     let _ = writeln!(
         text,
-        "  requests  {} reads ({}), {} writes ({}), {} flushes, {} in flight",
+        "  clients   {} connected, {} requests in flight\n  requests  {} reads ({}), {} writes ({}), {} flushes",
+        status.engine.connections,
+        counters.in_flight,
         counters.reads,
         pretty(counters.read_bytes),
         counters.writes,
         pretty(counters.write_bytes),
         counters.flushes,
-        counters.in_flight,
     );
     if counters.errors > 0 {
         let _ = writeln!(text, "            {} answered with an error", counters.errors);
@@ -89,7 +97,7 @@ fn dirty(text: &mut String, volume: &Status) {
     }
 }
 
-fn replica_lines(text: &mut String, replica: &ReplicaStatus, _status: &VolumeStatus) {
+fn replica_lines(text: &mut String, replica: &ReplicaStatus, status: &VolumeStatus) {
     let stale = if replica.stale_bytes == 0 { "-".to_owned() } else { pretty(replica.stale_bytes) };
     let latency =
         format!("{} / {}", latency(replica.read_latency_ewma_ns), latency(replica.write_latency_ewma_ns));
@@ -102,6 +110,9 @@ fn replica_lines(text: &mut String, replica: &ReplicaStatus, _status: &VolumeSta
         replica.errors,
         replica.path,
     );
+    if let Some(access) = status.access_in_words(replica.slot).filter(|access| *access != "direct I/O") {
+        let _ = writeln!(text, "       {access}: what it stands on takes no direct I/O");
+    }
     if let Some(reason) = &replica.reason {
         let _ = writeln!(text, "       why: {reason}");
     }
@@ -178,10 +189,14 @@ mod tests {
 
     #[test]
     fn times_in_words() {
-        for (seconds, words) in [(0, "0 s"), (59, "59 s"), (200, "3 min 20 s"), (7500, "2 h 5 min"), (273_600, "3 d 4 h")] {
+        for (seconds, words) in
+            [(0, "0 s"), (59, "59 s"), (200, "3 min 20 s"), (7500, "2 h 5 min"), (273_600, "3 d 4 h")]
+        {
             assert_eq!(duration(seconds), words);
         }
-        for (ns, words) in [(0, "-"), (1, "1 us"), (80_000, "80 us"), (1_250_000, "1.2 ms"), (2_000_000_000, "2.0 s")] {
+        for (ns, words) in
+            [(0, "-"), (1, "1 us"), (80_000, "80 us"), (1_250_000, "1.2 ms"), (2_000_000_000, "2.0 s")]
+        {
             assert_eq!(latency(ns), words);
         }
     }
@@ -197,7 +212,10 @@ mod tests {
         assert_eq!(percent_done(&resync(999, 1)), 99);
         assert_eq!(percent_done(&resync(1000, 0)), 100);
         assert_eq!(percent_done(&resync(0, 0)), 100);
-        assert_eq!(progress_in_words(&resync(1 << 30, 3 << 30)), "25%, 3 GiB to go at 100 MiB/s, 1 min 1 s left");
+        assert_eq!(
+            progress_in_words(&resync(1 << 30, 3 << 30)),
+            "25%, 3 GiB to go at 100 MiB/s, 1 min 1 s left"
+        );
         assert_eq!(bar(&resync(1, 1)), "[###############---------------]");
         assert_eq!(percent_done(&resync(u64::MAX, u64::MAX)), 100);
     }

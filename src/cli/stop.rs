@@ -36,8 +36,11 @@ impl Stop {
         let waited = Instant::now();
         while client.path().exists() {
             if waited.elapsed() > END_TIMEOUT {
-                return Err(Failure::new(format!("the volume stopped, but its daemon at {} goes on", client.path().display()))
-                    .hint("look at its log; `kill` ends it without harm to the volume"));
+                return Err(Failure::new(format!(
+                    "the volume stopped, but its daemon at {} goes on",
+                    client.path().display()
+                ))
+                .hint("look at its log; `kill` ends it without harm to the volume"));
             }
             std::thread::sleep(END_POLL);
         }

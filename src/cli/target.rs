@@ -43,8 +43,9 @@ impl Target {
         if let Some(name) = &self.volume {
             let path = runtime_dir().join(format!("{name}{CONTROL_SUFFIX}"));
             if !path.exists() {
-                return Err(Failure::new(format!("no volume named `{name}` is running"))
-                    .hint("`nbdmirror status` lists the running volumes; --control PATH names a socket elsewhere"));
+                return Err(Failure::new(format!("no volume named `{name}` is running")).hint(
+                    "`nbdmirror status` lists the running volumes; --control PATH names a socket elsewhere",
+                ));
             }
             return Client::connect(&path);
         }
@@ -53,8 +54,10 @@ impl Target {
 }
 
 fn only_running(sockets: Vec<PathBuf>) -> Result<Client, Failure> {
-    let mut running: Vec<Client> =
-        sockets.iter().filter_map(|path| Client::connect_if_alive(path).transpose()).collect::<Result<_, _>>()?;
+    let mut running: Vec<Client> = sockets
+        .iter()
+        .filter_map(|path| Client::connect_if_alive(path).transpose())
+        .collect::<Result<_, _>>()?;
     match running.pop() {
         Some(client) if running.is_empty() => Ok(client),
         Some(client) => {
@@ -65,8 +68,10 @@ fn only_running(sockets: Vec<PathBuf>) -> Result<Client, Failure> {
             Err(Failure::new(format!("{} volumes are running", names.len()))
                 .hint(format!("say which one: VOLUME, or --control and one of {}", names.join(", "))))
         }
-        None => Err(Failure::new("no volume is running")
-            .hint(format!("volumes are looked for in {}; --control PATH names a socket elsewhere", runtime_dir().display()))),
+        None => Err(Failure::new("no volume is running").hint(format!(
+            "volumes are looked for in {}; --control PATH names a socket elsewhere",
+            runtime_dir().display()
+        ))),
     }
 }
 

@@ -28,9 +28,9 @@ use crate::engine::{Connection, EngineHandle};
 use crate::nbd::export::Export;
 
 /// Longest handshake.
-pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Most handshakes at once.
-pub const HANDSHAKES_MAX: usize = 256;
+const HANDSHAKES_MAX: usize = 256;
 /// After an error of accept (no descriptors left, no memory) nothing is accepted for this long.
 const ACCEPT_BACK_OFF: Duration = Duration::from_millis(100);
 /// A TCP client that vanished without a word is noticed after about two minutes.
@@ -68,9 +68,10 @@ impl Acceptor {
         loop {
             let accepted = match self {
                 Self::Unix(listener) => listener.accept().await.and_then(|(stream, _)| from_unix(stream)),
-                Self::Tcp(listener) => {
-                    listener.accept().await.and_then(|(stream, peer)| Ok((from_tcp(stream)?, peer.to_string())))
-                }
+                Self::Tcp(listener) => listener
+                    .accept()
+                    .await
+                    .and_then(|(stream, peer)| Ok((from_tcp(stream)?, peer.to_string()))),
             };
             match accepted {
                 Ok(client) => return client,
@@ -87,7 +88,11 @@ impl Acceptor {
 
 fn from_unix(stream: tokio::net::UnixStream) -> io::Result<(OwnedFd, String)> {
     let peer = match stream.peer_cred() {
-        Ok(cred) => format!("unix uid {}{}", cred.uid(), cred.pid().map(|pid| format!(" pid {pid}")).unwrap_or_default()),
+        Ok(cred) => format!(
+            "unix uid {}{}",
+            cred.uid(),
+            cred.pid().map(|pid| format!(" pid {pid}")).unwrap_or_default()
+        ),
         Err(_) => "unix".to_owned(),
     };
     let stream = stream.into_std()?;
@@ -126,7 +131,9 @@ impl Handshakes {
     fn begin(&self) -> (u64, oneshot::Receiver<()>) {
         let mut running = self.running.borrow_mut();
         if running.len() >= HANDSHAKES_MAX {
-            tracing::warn!("{HANDSHAKES_MAX} clients are in the middle of their handshake: the oldest is dropped");
+            tracing::warn!(
+                "{HANDSHAKES_MAX} clients are in the middle of their handshake: the oldest is dropped"
+            );
             running.pop_front();
         }
         let (sender, receiver) = oneshot::channel();

@@ -17,12 +17,14 @@ use uuid::Uuid;
 
 use super::accept::{Acceptor, Handshakes};
 use super::failure::Failure;
-use super::protocol::{Answer, DaemonStatus, REQUEST_BYTES_MAX, Request, STATUS_SCHEMA, VolumeStatus};
+use super::protocol::{Answer, DaemonStatus, REQUEST_BYTES_MAX, Request, VolumeStatus};
 use crate::engine::device::ReplicaDevice;
 use crate::engine::{AdminRequest, EngineHandle, StopReport};
 use crate::format::Found;
+use crate::format::describe::shell_word;
+use crate::format::layout::Layout;
 use crate::mirror::status::{ReplicaStatus, Status};
-use crate::units::{REPLICAS_MAX, ReplicaSlot};
+use crate::units::{REPLICAS_MAX, Regions, ReplicaSlot};
 
 /// Most operators at once.
 const OPERATORS_MAX: usize = 32;
@@ -168,16 +170,20 @@ impl Desk {
 
     async fn status(&self) -> Result<Answer, Failure> {
         let engine = self.engine.status().await.map_err(|_| engine_gone())?;
-        let daemon = DaemonStatus {
+        let status = VolumeStatus::new(self.daemon_status(), engine);
+        Ok(Answer { ok: true, status: Some(Box::new(status)), ..Answer::default() })
+    }
+
+    /// The daemon's own part of the status.
+    pub(super) fn daemon_status(&self) -> DaemonStatus {
+        DaemonStatus {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
             uptime_s: self.started.elapsed().as_secs(),
             listen: self.listen.clone(),
             control: self.control.display().to_string(),
             handshakes: self.handshakes.count() as u64,
-        };
-        let status = VolumeStatus { schema: STATUS_SCHEMA, daemon, engine };
-        Ok(Answer { ok: true, status: Some(Box::new(status)), ..Answer::default() })
+        }
     }
 
     async fn command(&self, request: AdminRequest) -> Result<Answer, Failure> {
@@ -189,6 +195,9 @@ impl Desk {
     }
 
     async fn add(&self, path: String, force: bool) -> Result<Answer, Failure> {
+        if !Path::new(&path).exists() {
+            return Err(self.nothing_to_add(&path).await);
+        }
         let (sender, receiver) = oneshot::channel();
         let open = self.open_replica;
         std::thread::Builder::new()
@@ -200,11 +209,21 @@ impl Desk {
         self.command(AdminRequest::Add { device, found, force, fresh_uuid: Uuid::new_v4() }).await
     }
 
+    async fn nothing_to_add(&self, path: &str) -> Failure {
+        let failure = Failure::new(format!("{path}: there is no such file or device"));
+        let Ok(engine) = self.engine.status().await else { return failure };
+        let (volume_bytes, region_bytes) = (engine.volume.size_bytes, engine.volume.region_bytes);
+        let needed_bytes = Layout::device_bytes_min(Regions { volume_bytes, region_bytes });
+        let word = shell_word(path);
+        failure.hint(format!("check the path, or make a blank file first: truncate -s {needed_bytes} {word}"))
+    }
+
     async fn stop(&self) -> Result<Answer, Failure> {
         let (sender, receiver) = oneshot::channel();
         self.stop.send(sender).await.map_err(|_| Failure::new("the volume is stopping already"))?;
         let report = receiver.await.map_err(|_| engine_gone())??;
-        let message = if report.clean { "stopped, clean" } else { "stopped, NOT clean: the next start resyncs" };
+        let message =
+            if report.clean { "stopped, clean" } else { "stopped, NOT clean: the next start resyncs" };
         Ok(Answer { clean: Some(report.clean), ..Answer::done(message) })
     }
 
@@ -233,8 +252,11 @@ fn find_replica(volume: &Status, wanted: &str) -> Result<ReplicaSlot, Failure> {
     match volume.replicas.iter().find(is_meant) {
         Some(replica) if replica.slot < REPLICAS_MAX => Ok(ReplicaSlot::new(replica.slot)),
         _ => {
-            let known: Vec<String> =
-                volume.replicas.iter().map(|replica| format!("{} ({})", replica.slot, replica.path)).collect();
+            let known: Vec<String> = volume
+                .replicas
+                .iter()
+                .map(|replica| format!("{} ({})", replica.slot, replica.path))
+                .collect();
             Err(Failure::new(format!("`{wanted}` is no replica of volume `{}`", volume.name))
                 .hint(format!("its replicas are: {}", known.join(", "))))
         }

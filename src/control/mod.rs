@@ -3,7 +3,7 @@
 //! ```text
 //!   NBD listeners ─► handshakes (accept, negotiate) ──► engine.connect
 //!   control socket ─► operators (admin, protocol)   ──► engine.status, engine.admin
-//!   SIGTERM, SIGINT, `stop`, engine's end ─► stopping:
+//!   SIGTERM, SIGINT, `stop` ─► stopping:
 //!        no new clients ─► engine.stop (finish, flush, mark clean) ─► answer who asked ─► sockets removed
 //! ```
 //!
@@ -55,11 +55,11 @@ pub struct ControlConfig {
     pub open_replica: OpenReplica,
 }
 
-/// Runs the control plane in its own thread until the volume is stopped: by an operator, by SIGTERM or
-/// SIGINT (see [`block_signals`]), or because the engine has ended. The sockets are gone when this returns.
+/// Runs the control plane in its own thread until the volume is stopped: by an operator, or by SIGTERM or
+/// SIGINT (see [`block_signals`]). The sockets are gone when this returns.
 ///
 /// # Errors
-/// The runtime does not start, or the engine ended by itself.
+/// The runtime does not start, or the engine has ended.
 pub fn run(config: ControlConfig) -> Result<StopReport, Failure> {
     let (stop, stop_requests) = mpsc::channel(16);
     signals::watch(stop.clone())?;
@@ -107,10 +107,7 @@ async fn serve(
     }
 
     let mut asked: Vec<StopRequest> = Vec::new();
-    tokio::select! {
-        request = stop_requests.recv() => asked.extend(request),
-        () = engine_ended(&engine) => tracing::error!("the engine has ended by itself"),
-    }
+    asked.extend(stop_requests.recv().await);
     for task in clients {
         task.abort();
         let _ = task.await;

@@ -6,7 +6,8 @@
 use serde::{Deserialize, Serialize};
 
 use super::failure::Failure;
-use crate::engine::EngineStatus;
+use crate::engine::{DeviceKind, EngineStatus};
+use crate::mirror::status::Status;
 
 /// Longest request line, bytes.
 pub const REQUEST_BYTES_MAX: usize = 16 << 10;
@@ -70,9 +71,55 @@ pub struct VolumeStatus {
     pub schema: u32,
     /// The daemon.
     pub daemon: DaemonStatus,
-    /// The volume, its replicas and its engine.
-    #[serde(flatten)]
-    pub engine: EngineStatus,
+    /// The engine.
+    pub engine: EngineFigures,
+    /// The volume and its replicas.
+    pub volume: Status,
+}
+
+/// The engine that runs a volume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EngineFigures {
+    /// Clients connected.
+    pub connections: u64,
+    /// Memory held for requests' payload, bytes.
+    pub memory_bytes: u64,
+    /// The replicas' open devices, in slot order.
+    pub devices: Vec<DeviceFigures>,
+}
+
+/// A replica's open device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceFigures {
+    /// The replica's slot.
+    pub slot: usize,
+    /// Direct I/O; otherwise through the page cache, with fdatasync.
+    pub direct: bool,
+    /// File or block device.
+    pub kind: DeviceKind,
+}
+
+impl VolumeStatus {
+    /// Put together from what the daemon and its engine say.
+    #[must_use]
+    pub fn new(daemon: DaemonStatus, engine: EngineStatus) -> Self {
+        let EngineStatus { volume, connections, memory_bytes, replicas } = engine;
+        let device = |(slot, device): (usize, _)| {
+            let crate::engine::DeviceStatus { direct, kind } = device;
+            DeviceFigures { slot, direct, kind }
+        };
+        let open = replicas.into_iter().enumerate().filter_map(|(slot, device)| Some((slot, device?)));
+        let devices = open.map(device).collect();
+        let engine = EngineFigures { connections: connections as u64, memory_bytes, devices };
+        Self { schema: STATUS_SCHEMA, daemon, engine, volume }
+    }
+
+    /// How the replica in `slot` is accessed, in words; nothing where its device is not open.
+    #[must_use]
+    pub fn access_in_words(&self, slot: usize) -> Option<&'static str> {
+        let device = self.engine.devices.iter().find(|device| device.slot == slot)?;
+        Some(if device.direct { "direct I/O" } else { "buffered" })
+    }
 }
 
 /// The daemon that serves a volume.
@@ -120,20 +167,33 @@ mod tests {
             (r#"{"command":"stop"}"#, Request::Stop),
             (r#"{"command":"fail","replica":"1"}"#, Request::Fail { replica: "1".into() }),
             (r#"{"command":"remove","replica":"/a"}"#, Request::Remove { replica: "/a".into() }),
-            (r#"{"command":"add","path":"/a","force":true}"#, Request::Add { path: "/a".into(), force: true }),
+            (
+                r#"{"command":"add","path":"/a","force":true}"#,
+                Request::Add { path: "/a".into(), force: true },
+            ),
         ] {
             assert_eq!(serde_json::from_str::<Request>(line).unwrap(), request);
             assert_eq!(serde_json::to_string(&request).unwrap(), line);
         }
         assert!(serde_json::from_str::<Request>(r#"{"command":"add","path":"/a"}"#).is_ok());
-        for line in ["", "{}", "[]", r#"{"command":"erase"}"#, r#"{"command":"fail"}"#, r#"{"command":"fail","replica":"1","x":1}"#] {
+        for line in [
+            "",
+            "{}",
+            "[]",
+            r#"{"command":"erase"}"#,
+            r#"{"command":"fail"}"#,
+            r#"{"command":"fail","replica":"1","x":1}"#,
+        ] {
             assert!(serde_json::from_str::<Request>(line).is_err(), "{line}");
         }
     }
 
     #[test]
     fn answers_leave_out_what_does_not_apply() {
-        assert_eq!(serde_json::to_string(&Answer::done("it is")).unwrap(), r#"{"ok":true,"message":"it is"}"#);
+        assert_eq!(
+            serde_json::to_string(&Answer::done("it is")).unwrap(),
+            r#"{"ok":true,"message":"it is"}"#
+        );
         let refused = Answer::from(Failure::new("no").hint("do"));
         assert_eq!(serde_json::to_string(&refused).unwrap(), r#"{"ok":false,"error":"no","hint":"do"}"#);
     }
