@@ -61,7 +61,7 @@ pub(super) fn banner(status: &EngineStatus, places: &[Place], control: &Path) ->
         let _ = writeln!(text, "  it was not stopped cleanly: {bytes} are synced in the background");
     }
     for (index, place) in places.iter().enumerate() {
-        let _ = writeln!(text, "{:8} {}", if index == 0 { "clients" } else { "" }, uri(place, &volume.name));
+        let _ = writeln!(text, "{:8} {}", if index == 0 { "serves" } else { "" }, uri(place, &volume.name));
     }
     let _ = writeln!(text, "control  {}", control.display());
     if let Some(place) = places.first() {
