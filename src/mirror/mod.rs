@@ -22,6 +22,7 @@
 //!                                                  broken (writes fail, clean regions are read) ──recorded──► open
 //! ```
 
+mod add;
 mod admin;
 pub mod event;
 mod flush;

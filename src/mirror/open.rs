@@ -106,7 +106,7 @@ impl Mirror {
             // A dirty region is stale on everybody who will not take part.
             self.widen_stale(slot, Some(&intent));
             let member = &mut self.replica_mut(slot).member;
-            if member.state == MemberState::InSync {
+            if matches!(member.state, MemberState::InSync | MemberState::Resyncing) {
                 member.state = MemberState::Stale;
                 shrunk = true;
             }
