@@ -3,6 +3,7 @@
 //! (The state diagram and the promises stand here; see `docs/design.md`.)
 
 pub mod event;
+pub mod planted;
 pub mod status;
 
 use crate::buffer::BufferPool;
