@@ -75,9 +75,10 @@ impl World {
     fn add_disk(&mut self, bytes: u64, io_align: u32, slow_factor: u64) {
         let mut disk = Disk::new(bytes);
         disk.set_meta_from(bytes - Layout::metadata_bytes(self.regions()));
+        let path = format!("disk-{}", self.next_disk());
         self.disks.push(SimDisk {
             disk,
-            path: format!("disk-{}", self.disks.len()),
+            path,
             traits: DeviceTraits { device_bytes: bytes, io_align, cheap_zero: self.rng.coin() },
             gone: false,
             full: false,
@@ -85,6 +86,11 @@ impl World {
             copies: vec![],
         });
         self.meta.push(MetaView::default());
+    }
+
+    fn next_disk(&mut self) -> u64 {
+        self.disks_made += 1;
+        self.disks_made - 1
     }
 
     /// Puts a blank disk in the place of another one.

@@ -267,7 +267,9 @@ impl World {
             return Ok(()); // it is locked by the command before
         }
         daemon.admins.insert(id, offered);
-        daemon.stopping |= matches!(command, AdminCommand::Stop);
+        if matches!(command, AdminCommand::Stop) {
+            (daemon.stopping, daemon.stop_id) = (true, id);
+        }
         self.deliver(Event::Admin { id: AdminId(id), command })
     }
 
@@ -278,8 +280,9 @@ impl World {
         if daemon.admins.remove(&id.0).is_none() {
             return violated("protocol", format!("admin command {} is answered twice", id.0));
         }
-        daemon.stopped |= daemon.stopping;
-        daemon.stopped_clean = result.is_ok();
+        if daemon.stopping && daemon.stop_id == id.0 {
+            daemon.stopped = Some(result.is_ok());
+        }
         Ok(())
     }
 
@@ -303,7 +306,7 @@ impl World {
         let starts = self.counts.starts;
         self.admin(AdminCommand::Stop, None)?;
         let over = self.run_until(300 * SECOND_NS, |world| {
-            world.counts.starts != starts || world.daemon.as_ref().is_none_or(|daemon| daemon.stopped)
+            world.counts.starts != starts || world.daemon.as_ref().is_none_or(|daemon| daemon.stopped.is_some())
         })?;
         if self.counts.starts != starts {
             return Ok(None);
@@ -315,10 +318,10 @@ impl World {
         if !daemon.requests.is_empty() {
             return violated("liveness", format!("stopped with {} requests unanswered", daemon.requests.len()));
         }
-        if !daemon.stopped_clean && self.plan.within_model && !self.excused {
+        if daemon.stopped != Some(true) && self.plan.within_model && !self.excused {
             return violated("promise_4_clean_means_clean", "a stop was not clean though a replica was well");
         }
-        Ok(Some(daemon.stopped_clean))
+        Ok(daemon.stopped)
     }
 
     /// Promise 8: each side is run without the other; together they must be refused.

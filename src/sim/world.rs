@@ -15,7 +15,7 @@ use std::fmt::Display;
 
 use crate::buffer::BufferPool;
 use crate::mirror::Mirror;
-use crate::mirror::event::{Action, AdminId, DeviceTraits, Event, OpId, RequestId};
+use crate::mirror::event::{Action, AdminId, DeviceTraits, Event, OpId};
 use crate::units::{Nanos, REPLICAS_MAX, Regions, ReplicaSet, ReplicaSlot};
 
 use super::client::{Client, Pending};
@@ -101,10 +101,10 @@ pub struct Daemon {
     pub members: ReplicaSet,
     /// `Stop` was sent.
     pub stopping: bool,
-    /// `Stop` was answered.
-    pub stopped: bool,
-    /// The last answer to an operator was a success.
-    pub stopped_clean: bool,
+    /// `Stop` was answered: whether the stop was clean.
+    pub stopped: Option<bool>,
+    /// The command that is to stop it.
+    pub stop_id: u64,
     tick_at: Option<Nanos>,
 }
 
@@ -123,6 +123,10 @@ pub struct Counts {
     pub faults: u64,
     /// Device operations.
     pub device_ops: u64,
+    /// Virtual time, nanoseconds.
+    pub virtual_ns: u64,
+    /// Worlds in which more was lost than a mirror can bear.
+    pub beyond_repair: u64,
 }
 
 /// One seed's world.
@@ -153,6 +157,8 @@ pub struct World {
     pub excused: bool,
     /// More went wrong than a mirror can bear; the run ends here.
     pub beyond_repair: bool,
+    /// Disks ever made.
+    pub disks_made: u64,
     /// For the report.
     pub counts: Counts,
     /// Print what happens.
@@ -184,6 +190,7 @@ impl World {
             victim: None,
             excused: false,
             beyond_repair: false,
+            disks_made: 0,
             counts: Counts::default(),
             verbose,
             queue: BinaryHeap::new(),
@@ -290,8 +297,8 @@ impl World {
             resyncing: ReplicaSet::EMPTY,
             members: ReplicaSet::EMPTY,
             stopping: false,
-            stopped: false,
-            stopped_clean: false,
+            stopped: None,
+            stop_id: 0,
             tick_at: None,
         });
         for client in 0..self.clients.len() {
@@ -409,14 +416,40 @@ impl World {
     }
 }
 
-/// Ids as the core knows them.
-#[must_use]
-pub fn request_id(id: u64) -> RequestId {
-    RequestId(id)
-}
-
 /// The key of an operation.
 #[must_use]
 pub fn op_key(op: OpId) -> OpKey {
     op.0
+}
+
+impl Counts {
+    /// Adds another run's.
+    pub fn add(&mut self, other: &Self) {
+        self.events += other.events;
+        self.replies += other.replies;
+        self.errors += other.errors;
+        self.starts += other.starts;
+        self.faults += other.faults;
+        self.device_ops += other.device_ops;
+        self.virtual_ns += other.virtual_ns;
+        self.beyond_repair += other.beyond_repair;
+    }
+}
+
+impl Display for Counts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "{} events, {} device operations, {} replies ({} errors), {} starts, {} faults, {:.1} simulated \
+             hours, {} worlds beyond repair",
+            self.events,
+            self.device_ops,
+            self.replies,
+            self.errors,
+            self.starts,
+            self.faults,
+            self.virtual_ns as f64 / 3.6e12,
+            self.beyond_repair
+        )
+    }
 }
