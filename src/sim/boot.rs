@@ -11,9 +11,8 @@ use crate::format::layout::Layout;
 use crate::format::read::{ReadError, read_found};
 use crate::format::{Assembly, Found};
 use crate::mirror::event::DeviceTraits;
-use crate::mirror::status::ReplicaState;
 use crate::mirror::{Mirror, MirrorConfig};
-use crate::units::{BLOCK_BYTES, MILLISECOND_NS, Nanos, REPLICAS_MAX, ReplicaSet, ReplicaSlot};
+use crate::units::{BLOCK_BYTES, MILLISECOND_NS, REPLICAS_MAX, ReplicaSet};
 
 use super::disk::Disk;
 use super::promises::MetaView;
@@ -22,21 +21,6 @@ use super::world::{Checked, SimDisk, Violation, World, violated};
 
 /// Wall-clock time at the simulation's beginning.
 const ORIGIN_UNIX_NS: u64 = 1_700_000_000_000_000_000;
-
-/// The sets of replicas that are in sync, resyncing, and members.
-#[must_use]
-pub fn sets(mirror: &Mirror, now: Nanos) -> (ReplicaSet, ReplicaSet, ReplicaSet) {
-    let status = mirror.status(now);
-    let of = |wanted: Option<ReplicaState>| {
-        status
-            .replicas
-            .iter()
-            .filter(|replica| wanted.is_none_or(|state| state == replica.state))
-            .map(|replica| ReplicaSlot::new(replica.slot))
-            .collect()
-    };
-    (of(Some(ReplicaState::InSync)), of(Some(ReplicaState::Resyncing)), of(None))
-}
 
 fn uuid(rng: &mut Rng) -> Uuid {
     Uuid::from_u64_pair(rng.next_u64(), rng.next_u64())

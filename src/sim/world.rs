@@ -337,7 +337,7 @@ impl World {
     fn refresh_sets(&mut self) {
         let Some(daemon) = &mut self.daemon else { return };
         let before = (daemon.in_sync, daemon.resyncing, daemon.members);
-        (daemon.in_sync, daemon.resyncing, daemon.members) = super::boot::sets(&daemon.mirror, self.now);
+        (daemon.in_sync, daemon.resyncing, daemon.members) = daemon.mirror.replica_sets();
         let after = (daemon.in_sync, daemon.resyncing, daemon.members);
         if before != after {
             self.trace(|| format!("in sync {:?}, resyncing {:?}, members {:?}", after.0, after.1, after.2));
