@@ -231,8 +231,8 @@ impl World {
     pub fn all_recorded_in_sync(&self) -> bool {
         (0..self.disks.len()).all(|index| {
             let Ok(Some(found)) = self.find(index) else { return false };
-            let states = found.superblock.members().map(|(_, member)| member.state);
-            states.clone().count() == self.disks.len()
+            let states: Vec<_> = found.superblock.members().map(|(_, member)| member.state).collect();
+            states.len() == self.disks.len()
                 && found.damaged_sectors == 0
                 && states.into_iter().all(|state| state == crate::format::superblock::MemberState::InSync)
                 && found.maps.stale.iter().all(|map| map.not_any())

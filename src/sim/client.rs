@@ -180,6 +180,10 @@ impl World {
     fn judge_success(&mut self, id: u64, pending: &Pending, data: Option<Payload>) -> Checked {
         match pending.asked {
             Asked::Read => {
+                if pending.range.is_empty() && data.is_none() {
+                    self.oracle.read_failed(pending.begin);
+                    return Ok(());
+                }
                 let Some(data) = data else {
                     return violated("protocol", format!("read {id} is answered without data"));
                 };

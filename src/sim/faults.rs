@@ -175,7 +175,10 @@ impl World {
     pub(super) fn back_up(&mut self, victim: Option<usize>, all_in_sync: bool) -> Checked {
         let mut forgotten = None;
         let rates = self.plan.faults.clone();
-        if let Some(victim) = victim.filter(|victim| !self.disks[*victim].gone) {
+        // What nobody else has is not touched: there is no telling a lone copy from an old one.
+        let lone = |victim: &usize| self.holders.iter().all(|holder| holder == victim);
+        if let Some(victim) = victim.filter(|victim| !self.disks[*victim].gone && !lone(victim)) {
+            self.holders.retain(|holder| *holder != victim);
             let copy = self.disks[victim].disk.snapshot();
             if self.rng.per_mille(rates.old_copy) && !self.disks[victim].copies.is_empty() {
                 let which = self.rng.below(self.disks[victim].copies.len() as u64) as usize;
@@ -197,7 +200,9 @@ impl World {
             return self.split_brain();
         }
         let disks: Vec<usize> = (0..self.disks.len()).filter(|disk| Some(*disk) != forgotten).collect();
-        if disks.iter().all(|disk| self.disks[*disk].gone) {
+        // An operator who starts without every disk that has the newest data asks for a split; that has its
+        // own test.
+        if self.holders.iter().all(|disk| self.disks[*disk].gone) {
             self.disks.iter_mut().for_each(|disk| disk.gone = false);
         }
         self.start(&disks)

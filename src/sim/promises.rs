@@ -199,6 +199,11 @@ impl World {
             return Ok(());
         }
         self.promise_6_never_the_last()?;
+        if let Some(daemon) = &self.daemon
+            && (self.regions().count() <= 64 || self.counts.events % 256 == 0)
+        {
+            daemon.mirror.check_invariants();
+        }
         for disk in self.in_sync_disks() {
             self.refresh_meta(disk)?;
         }

@@ -168,6 +168,10 @@ pub struct World {
     /// Source of ids for requests, values and admin commands.
     next_id: u64,
     life: u64,
+    last_tick: Nanos,
+    ticks_now: u32,
+    /// Disks that were in sync when the daemon ended: one of them has to be there at the next start.
+    pub holders: Vec<usize>,
 }
 
 impl World {
@@ -197,6 +201,9 @@ impl World {
             next_wake: 0,
             next_id: 1,
             life: 0,
+            last_tick: Nanos(0),
+            ticks_now: 0,
+            holders: vec![],
         }
     }
 
@@ -239,6 +246,7 @@ impl World {
                 if let Some(daemon) = self.daemon.as_mut().filter(|d| d.tick_at.is_some_and(|t| t <= at)) {
                     daemon.tick_at = None;
                     self.deliver(Event::Tick)?;
+                    self.promise_no_storm()?;
                 }
             }
             Wake::Apply(..) | Wake::Complete(..) | Wake::Tick(_) => {}
@@ -251,6 +259,16 @@ impl World {
         }
         self.check_promises()?;
         Ok(true)
+    }
+
+    /// A core that wants one tick after another without time going on would keep its thread busy.
+    fn promise_no_storm(&mut self) -> Checked {
+        self.ticks_now = if self.last_tick == self.now { self.ticks_now + 1 } else { 0 };
+        self.last_tick = self.now;
+        if self.ticks_now > 100 {
+            return violated("liveness", "the core wants ticks without end at one time");
+        }
+        Ok(())
     }
 
     fn is_life(&self, life: u64) -> bool {
@@ -380,6 +398,7 @@ impl World {
 
     /// The daemon dies; `cut`: the power goes with it.
     pub fn crash(&mut self, cut: bool) {
+        self.holders = self.in_sync_disks();
         let Some(daemon) = self.daemon.take() else { return };
         self.trace(|| format!("CRASH: {}", if cut { "power cut" } else { "kill" }));
         for op in daemon.ops.into_values() {
