@@ -389,6 +389,10 @@ impl Mirror {
         } else if self.pages.pages[index].dirty {
             let urgent = self.pages.pages[index].settle || !self.pages.pages[index].owed.is_empty();
             self.touch_page(index, urgent);
+        } else {
+            // They came while the commit was in flight that had their bits already.
+            let waiters = std::mem::take(&mut self.pages.pages[index].waiters);
+            self.work.extend(waiters.into_iter().map(Work::IntentDurable));
         }
     }
 
