@@ -20,6 +20,7 @@ use smallvec::SmallVec;
 
 use super::event::{DeviceOp, NoticeLevel, RequestError};
 use super::flush::FlushOwner;
+use super::open::OpeningFlush;
 use super::ops::OpOwner;
 use super::slab::Key;
 use super::{Mirror, Work};
@@ -297,6 +298,9 @@ impl Mirror {
 
     /// Issues the commits that are due.
     pub(super) fn pump_pages(&mut self) {
+        if self.opening_flush != OpeningFlush::Done {
+            return;
+        }
         if self.pages.lazy_at.is_some_and(|at| at <= self.now) {
             self.pages.lazy_at = None;
             self.hurry_pages();

@@ -54,6 +54,7 @@ use event::{Action, DeviceTraits, Event, Notice, NoticeLevel, Request, RequestEr
 use flush::Flushes;
 use intent::{Pages, Sweep};
 use membership::Meta;
+use open::OpeningFlush;
 use ops::{Op, OpOwner};
 use overlap::{LockId, OverlapTable};
 use read::ReadTask;
@@ -167,6 +168,8 @@ pub struct Mirror {
     broken: bool,
     /// Requests are taken.
     open: bool,
+    /// The flush that comes before everything else.
+    opening_flush: OpeningFlush,
     /// Superblock commits until it opens.
     opening_commits: u32,
     /// Requests that came before it was open.
@@ -300,10 +303,11 @@ impl Mirror {
     #[must_use]
     pub fn next_deadline(&self) -> Option<Nanos> {
         let sweep = match self.sweep {
-            Sweep::Idle(at) => at,
-            Sweep::Flushing(_) => None,
+            Sweep::Idle(at) if self.open => at,
+            Sweep::Idle(_) | Sweep::Flushing(_) => None,
         };
-        [self.pages.deadline(), sweep, self.meta.retry_at, self.resync.deadline()].into_iter().flatten().min()
+        let resync = if self.open && !self.stopping() { self.resync.deadline() } else { None };
+        [self.pages.deadline(), sweep, self.meta.retry_at, resync].into_iter().flatten().min()
     }
 
     /// Whether requests are taken. Requests sent before are queued.
