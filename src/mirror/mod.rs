@@ -183,6 +183,8 @@ impl Mirror {
     pub fn handle(&mut self, now: Nanos, event: Event, out: &mut Vec<Action>) {
         assert!(now >= self.now, "time goes forward");
         self.now = now;
+        // What `new` had to say comes first.
+        out.append(&mut self.out);
         std::mem::swap(&mut self.out, out);
         match event {
             Event::Request { id, request } => self.request(id, request),
