@@ -21,6 +21,7 @@ use smallvec::SmallVec;
 use uuid::Uuid;
 
 use super::event::{DeviceOp, NoticeLevel};
+use super::open::OpeningFlush;
 use super::ops::OpOwner;
 use super::resync::JobEnd;
 use super::slab::Key;
@@ -171,7 +172,7 @@ impl Mirror {
 
     /// Issues a superblock commit where one is due.
     pub(super) fn pump_superblock(&mut self) {
-        if self.meta.commit.is_some() || self.config.read_only {
+        if self.meta.commit.is_some() || self.config.read_only || self.opening_flush != OpeningFlush::Done {
             return;
         }
         if self.meta.retry_at.is_some_and(|at| at > self.now) {
