@@ -38,7 +38,7 @@ const MAPS: usize = 1 + REPLICAS_MAX;
 /// 64-bit words of one map in one sector: sectors begin and end at whole words of the in-memory maps.
 const WORDS_PER_SECTOR: usize = REGIONS_PER_SECTOR as usize / 64;
 
-const _: () = assert!(REGIONS_PER_SECTOR % 64 == 0);
+const _: () = assert!(REGIONS_PER_SECTOR.is_multiple_of(64));
 const _: () = assert!(SECTOR_HEADER_BYTES + MAPS * WORDS_PER_SECTOR * 8 == SECTOR_LEN);
 
 /// The intent bits and the stale maps of a volume, one bit a region.

@@ -96,8 +96,7 @@ impl OverlapTable {
     pub(super) fn acquire(&mut self, range: ByteRange, mode: Mode, owner: u64) -> (LockId, bool) {
         assert!(!range.is_empty());
         let blockers = self.conflicting(range, mode);
-        let entry =
-            Entry { range, mode, owner, blockers: blockers.len() as u32, followers: SmallVec::new() };
+        let entry = Entry { range, mode, owner, blockers: blockers.len() as u32, followers: SmallVec::new() };
         let key = self.entries.insert(entry);
         for blocker in &blockers {
             if let Some(entry) = self.entries.get_mut(*blocker) {
@@ -162,7 +161,8 @@ impl OverlapTable {
     }
 
     /// Whether the range is held now (not waiting).
-    pub(super) fn is_granted(&self, id: LockId) -> bool {
+    #[cfg(test)]
+    fn is_granted(&self, id: LockId) -> bool {
         self.entries.get(id.0).is_some_and(|entry| entry.blockers == 0)
     }
 

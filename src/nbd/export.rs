@@ -4,7 +4,7 @@
 
 use super::wire;
 
-/// Smallest request without a penalty in correctness, bytes: any offset and length is served.
+/// Offsets and lengths of requests are multiples of this, bytes: any offset and length is served.
 pub const BLOCK_BYTES_MIN: u32 = 1;
 /// Preferred alignment of requests, bytes: smaller ones cost a read-modify-write.
 pub const BLOCK_BYTES_PREFERRED: u32 = crate::units::BLOCK_BYTES as u32;
