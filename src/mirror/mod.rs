@@ -38,6 +38,8 @@ mod report;
 mod resync;
 mod slab;
 pub mod status;
+#[cfg(test)]
+mod tests;
 mod write;
 
 use std::collections::VecDeque;

@@ -5,8 +5,8 @@
 //! 3. A sequential stream stays where it is while that replica is not much busier than the least busy.
 //! 4. Otherwise the least `latency x (load + 1)`; load weighs requests and bytes, a write 5/4 of a read
 //!    (as measured for md by P. Luse, 2024). Ties go to the one not chosen for longest.
-//! 5. Slow replicas are probed: one read in about 50 times the latency ratio goes to them, so that probing
-//!    costs at most about 2 % of throughput whatever the ratio, and they can win again.
+//! 5. A replica that was not chosen for 50 reads times its latency ratio is probed with one, so that probing
+//!    costs at most about 2 % of throughput whatever the ratio, and it can win again.
 //!
 //! What must hold: only candidates are chosen; the same history gives the same choice.
 
@@ -117,8 +117,12 @@ impl ReadPolicy {
         let preferred = candidates.difference(self.write_mostly);
         let candidates = if preferred.is_empty() { candidates } else { preferred };
         let class = class_of(range.len);
-        let slot = self.probe(candidates, class).unwrap_or_else(|| self.best(candidates, class, range));
+        // A read that continues a stream is no probe: it would take the stream with it.
+        let stream = self.streams.iter().flatten().find(|stream| stream.next_offset == range.offset).copied();
+        let probe = if stream.is_none() { self.probe(candidates, class) } else { None };
+        let slot = probe.unwrap_or_else(|| self.best(candidates, class, stream));
         self.stats[slot.index()].chosen_at = self.clock;
+        self.stats[slot.index()].reads_since_probe = 0;
         self.remember_stream(range, slot);
         slot
     }
@@ -127,19 +131,15 @@ impl ReadPolicy {
         candidates.iter().map(|slot| self.stats[slot.index()].latency_ns[class]).min().unwrap_or(0)
     }
 
-    /// A slow candidate whose turn for a probe has come.
+    /// A candidate that was not chosen for so long that what is known of it may be wrong.
     fn probe(&mut self, candidates: ReplicaSet, class: usize) -> Option<ReplicaSlot> {
         let least = self.least_latency(candidates, class).max(1);
         for slot in candidates.iter() {
             let stats = &mut self.stats[slot.index()];
-            let ratio = stats.latency_ns[class] / least;
-            if ratio <= SLOW_RATIO {
-                continue;
-            }
+            let ratio = (stats.latency_ns[class] / least).max(1);
             stats.reads_since_probe += 1;
             let interval = (ratio * PROBE_READS_PER_RATIO).min(PROBE_INTERVAL_MAX);
             if stats.reads_since_probe >= interval && stats.reads_in_flight == 0 {
-                stats.reads_since_probe = 0;
                 stats.probing = true;
                 return Some(slot);
             }
@@ -147,7 +147,7 @@ impl ReadPolicy {
         None
     }
 
-    fn best(&self, candidates: ReplicaSet, class: usize, range: ByteRange) -> ReplicaSlot {
+    fn best(&self, candidates: ReplicaSet, class: usize, stream: Option<Stream>) -> ReplicaSlot {
         let least = self.least_latency(candidates, class);
         // One that was never measured counts as the best, so that it gets measured; but one read at a time.
         let fast: ReplicaSet = candidates
@@ -170,7 +170,6 @@ impl ReadPolicy {
             fast
         };
         let load_least = fast.iter().map(|slot| self.stats[slot.index()].load()).min().unwrap_or(0);
-        let stream = self.streams.iter().flatten().find(|stream| stream.next_offset == range.offset);
         if let Some(stream) = stream
             && fast.contains(stream.slot)
             && self.stats[stream.slot.index()].load() <= load_least + STREAM_LOAD_MARGIN
@@ -272,6 +271,9 @@ mod tests {
             let slot = policy.choose(candidates, ByteRange::new(offset, 4096));
             policy.read_sent(slot, 4096);
             in_flight.insert((now + latency_ns[slot.index()], index, slot.index()));
+        }
+        for (_, _, slot) in in_flight {
+            policy.read_done(ReplicaSlot::new(slot), 4096, latency_ns[slot], false);
         }
         done
     }
