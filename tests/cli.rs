@@ -1,11 +1,15 @@
 //! The real binary: its verbs, and what it says to wrong input. Wrong input leaves every replica untouched.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
 mod cli_support;
 
-use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixListener;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
+use std::time::Duration;
 
 use cli_support::{BINARY, Bench, is_root};
 
@@ -84,7 +88,7 @@ fn a_missing_replica_is_refused_unless_degraded() {
     let bench = Bench::with_volume();
     std::fs::rename(bench.path("b"), bench.path("away")).unwrap();
     bench.untouched(&["a"], || {
-        bench.run(&["serve", "a", "b"]).fails().says("no such file").says("--degraded");
+        bench.run(&["serve", "a", "b"]).fails().says("no such file").says("nbdmirror serve --degraded");
         bench.run(&["serve", "a"]).fails().says("--degraded");
     });
     let daemon = bench.serve(&["--degraded", "a", "b"]);
@@ -260,9 +264,16 @@ fn damaged_superblocks() {
 #[test]
 fn a_newer_format_version_is_refused() {
     let bench = Bench::with_volume();
-    // The version stands behind the magic; a newer program has its own checksum, so ours need not match.
     for slot in [0, 1] {
-        bench.overwrite("b", bench.file_len("b") - (2 - slot) * 4096 + 8, &99_u32.to_le_bytes());
+        let at = bench.file_len("b") - (2 - slot) * 4096;
+        let mut superblock = [0; 4096];
+        bench.open("b").read_exact_at(&mut superblock, at).unwrap();
+        // Behind the magic: version, header length, CRC (counted as zeroes).
+        superblock[8..12].copy_from_slice(&99_u32.to_le_bytes());
+        superblock[16..20].fill(0);
+        let crc = crc32fast::hash(&superblock);
+        superblock[16..20].copy_from_slice(&crc.to_le_bytes());
+        bench.overwrite("b", at, &superblock);
     }
     bench.untouched(&["a", "b"], || {
         bench.run(&["serve", "a", "b"]).fails().says("version 99");
@@ -372,6 +383,84 @@ fn a_read_only_volume_writes_nothing() {
         daemon.ended_with(0);
     });
     bench.run(&["serve", "--read-only", "--create", "4M", "x"]).fails().says("exclude each other");
+}
+
+#[test]
+fn operators_who_send_rubbish_cost_only_their_own_connection() {
+    let bench = Bench::new();
+    let _daemon = bench.serve(&["--create", "4M", "--name", "vol", "a", "b"]);
+    let control = bench.runtime_dir().join("vol.control");
+    let ask = |request: &[u8]| {
+        let mut stream = UnixStream::connect(&control).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        // A daemon that has had enough closes before it has taken all.
+        let _ = stream.write_all(request);
+        let mut answer = String::new();
+        let _ = BufReader::new(stream).read_line(&mut answer);
+        answer
+    };
+    for rubbish in [&b"\n"[..], b"{}\n", b"GET / HTTP/1.0\n", b"\xff\xfe\0\n", b"{\"command\":\"erase\"}\n"] {
+        let answer = ask(rubbish);
+        assert!(answer.starts_with("{\"ok\":false,\"error\":"), "{answer}");
+    }
+    let endless = vec![b'x'; 1 << 20];
+    let answer = ask(&endless);
+    assert!(answer.is_empty() || answer.contains("a line of more than"), "{answer}");
+    // Silent ones, more than are let in.
+    let silent: Vec<_> = (0..50).map(|_| UnixStream::connect(&control)).collect();
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(ask(b"{\"command\":\"status\"}\n"), "", "the one too many is turned away");
+    drop(silent);
+    bench.wait_until("operators are let in again", || {
+        ask(b"{\"command\":\"status\"}\n").contains("\"ok\":true")
+    });
+    // Two requests in one piece, and one in many.
+    let mut stream = UnixStream::connect(&control).unwrap();
+    stream.write_all(b"{\"command\":\"status\"}\n{\"command\":\"sta").unwrap();
+    std::thread::sleep(Duration::from_millis(20));
+    stream.write_all(b"tus\"}\n").unwrap();
+    let answers: Vec<String> = BufReader::new(stream).lines().take(2).map(Result::unwrap).collect();
+    assert!(answers.iter().all(|answer| answer.contains("\"health\":\"healthy\"")), "{answers:?}");
+}
+
+#[test]
+fn clients_that_stall_in_their_handshake_do_not_keep_others_out() {
+    let bench = Bench::new();
+    let daemon = bench.serve(&["--create", "4M", "--name", "vol", "a", "b"]);
+    let socket = bench.runtime_dir().join("vol.sock");
+    let greeted = || {
+        let mut stream = UnixStream::connect(&socket).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        let mut greeting = [0; 18];
+        stream.read_exact(&mut greeting).map(|()| assert_eq!(&greeting[..8], b"NBDMAGIC")).map(|()| stream)
+    };
+    // More than are let into the handshake at once: the oldest go.
+    let mut stalled: Vec<_> = (0..300).map(|_| greeted().unwrap()).collect();
+    let handshakes = bench.status_json("vol")["daemon"]["handshakes"].as_u64().unwrap();
+    assert!((200..=256).contains(&handshakes), "{handshakes}");
+    assert_eq!(stalled[0].read(&mut [0]).unwrap_or(0), 0, "the oldest was dropped");
+    // Rubbish, hang-ups and half an option, all at once.
+    for rubbish in [&b"GET / HTTP/1.0\r\n\r\n"[..], &[0xff; 5000], b"\0\0\0\x01IHAVEOPT\0\0"] {
+        greeted().unwrap().write_all(rubbish).unwrap();
+    }
+    // A good client: fixed newstyle, then LIST.
+    let mut good = greeted().unwrap();
+    good.write_all(b"\0\0\0\x01IHAVEOPT\0\0\0\x03\0\0\0\0").unwrap();
+    let mut reply = [0; 27];
+    good.read_exact(&mut reply).unwrap();
+    assert_eq!(&reply[24..], b"vol");
+    // None of them holds up a stop.
+    bench.run(&["stop"]).succeeds();
+    daemon.ended_with(0);
+}
+
+#[test]
+fn a_name_given_to_serve_stays_with_the_volume() {
+    let bench = Bench::with_volume();
+    let daemon = bench.serve(&["--name", "first", "a", "b"]);
+    bench.run(&["stop", "first"]).succeeds();
+    daemon.ended_with(0);
+    bench.run(&["examine", "a"]).succeeds().says("volume first");
 }
 
 #[test]
