@@ -2,7 +2,7 @@
 //!
 //! A map of the crate, in the direction of its imports (a test holds the direction):
 //!
-//! - [`units`], [`buffer`]: offsets, ranges, slots; aligned buffers.
+//! - [`units`], [`buffer`], [`planted`]: offsets, ranges, slots; aligned buffers.
 //! - [`format`]: the on-disk format and who is trusted at start. Pure.
 //! - [`mirror`]: THE CORE. Pure: events in, actions out.
 //! - [`nbd`]: the NBD protocol. Pure; never sees the mirror.
@@ -18,6 +18,7 @@ pub mod engine;
 pub mod format;
 pub mod mirror;
 pub mod nbd;
+pub mod planted;
 #[cfg(any(test, feature = "sim"))]
 pub mod sim;
 pub mod units;

@@ -20,9 +20,11 @@ pub const REGION_BYTES_MAX: u64 = 64 << 20;
 /// Largest volume, in bytes (64 TiB).
 pub const VOLUME_BYTES_MAX: u64 = 64 << 40;
 
-const _: () = assert!(SECTOR_BYTES < BLOCK_BYTES && BLOCK_BYTES % SECTOR_BYTES == 0);
-const _: () = assert!(REGION_BYTES_MIN % BLOCK_BYTES == 0 && REGION_BYTES_MAX % REGION_BYTES_MIN == 0);
-const _: () = assert!(VOLUME_BYTES_MAX % REGION_BYTES_MAX == 0);
+const _: () = assert!(SECTOR_BYTES < BLOCK_BYTES && BLOCK_BYTES.is_multiple_of(SECTOR_BYTES));
+const _: () = assert!(
+    REGION_BYTES_MIN.is_multiple_of(BLOCK_BYTES) && REGION_BYTES_MAX.is_multiple_of(REGION_BYTES_MIN)
+);
+const _: () = assert!(VOLUME_BYTES_MAX.is_multiple_of(REGION_BYTES_MAX));
 
 /// A byte offset in the volume, as clients see it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]

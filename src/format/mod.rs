@@ -10,9 +10,22 @@
 //! device_end - 4096             superblock slot 1
 //! ```
 
+//! - `superblock`, `bitmap`: bytes to values and back. `cursor` is their only way to bytes.
+//! - `layout`: where things stand. `read`: a whole replica's metadata. `create`: a new volume's bytes.
+//! - `assemble`: who is trusted at start, by the rules in `verdict`. `describe`: words for operators.
+
 pub mod assemble;
 pub mod bitmap;
+pub mod create;
+mod cursor;
+pub mod describe;
 pub mod layout;
+pub mod read;
+mod refuse;
 pub mod superblock;
+mod verdict;
+
+#[cfg(test)]
+mod tests;
 
 pub use assemble::{Assembly, Found};

@@ -1,0 +1,341 @@
+//! Who is a member and in which state; superblock commits; acknowledgements that wait for them.
+//!
+//! What must hold:
+//! - promise 2: while a change is not durable (superblock and the pages it touched) nothing is acknowledged;
+//! - promise 6: the last in-sync replica is never failed;
+//! - one superblock commit at a time; each is a new event count on every active replica, written to the slot
+//!   that the event count chooses, so that the one before stays whole. A commit that *no* in-sync replica took
+//!   is tried again with the same event count, so that it never reaches the other slot;
+//! - whenever a replica that was recorded as in sync leaves, the generation changes.
+//!
+//! ```text
+//!            change                     issue                      all targets done
+//!  settled ─────────► commit wanted ─────────────► in flight ─────────────────────────► settled (release acks)
+//!                          ▲   a target failed: fail it (a change)    │
+//!                          ├──────────────────────────────────────────┤
+//!                          └── no in-sync replica took it: broken, again after a second (same event count)
+//! ```
+
+use nix::errno::Errno;
+use smallvec::SmallVec;
+use uuid::Uuid;
+
+use super::event::{DeviceOp, NoticeLevel};
+use super::ops::OpOwner;
+use super::resync::JobEnd;
+use super::slab::Key;
+use super::status::ReplicaState;
+use super::{Mirror, Work};
+use crate::buffer::Payload;
+use crate::format::superblock::{Member, MemberState, PARENTS_MAX, Superblock};
+use crate::planted::{Bug, planted};
+use crate::units::{BLOCK_BYTES, Nanos, REPLICAS_MAX, RegionIndex, ReplicaSet, ReplicaSlot, SECOND_NS};
+
+/// Read errors after which a replica is failed.
+const READ_ERRORS_MAX: u64 = 20;
+
+/// A superblock commit in flight.
+pub(super) struct Commit {
+    event_count: u64,
+    remaining: ReplicaSet,
+    ok: ReplicaSet,
+    failed: SmallVec<[(ReplicaSlot, Errno); 2]>,
+    /// Resyncing replicas that count as in sync once this is durable.
+    joining: ReplicaSet,
+    /// Member event counts before this commit, for those that do not take it.
+    events_before: [u64; REPLICAS_MAX],
+}
+
+/// The superblock: what is due on it.
+pub(super) struct Meta {
+    /// A commit is wanted.
+    pub(super) dirty: bool,
+    pub(super) commit: Option<Commit>,
+    /// After a commit that nobody took: not before this.
+    pub(super) retry_at: Option<Nanos>,
+    /// The next commit says that the volume was stopped in order.
+    pub(super) clean: bool,
+    /// Generations made so far in this run.
+    pub(super) generations: u64,
+}
+
+impl Meta {
+    pub(super) fn new() -> Self {
+        Self { dirty: false, commit: None, retry_at: None, clean: false, generations: 0 }
+    }
+}
+
+/// Spreads every input bit over 64 output bits (the finaliser of splitmix64).
+fn mix(mut value: u64) -> u64 {
+    value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    value ^ (value >> 31)
+}
+
+impl Mirror {
+    /// Whether every membership change is durable.
+    pub(super) fn settled(&self) -> bool {
+        !self.meta.dirty && self.meta.commit.is_none() && self.pages.settled()
+    }
+
+    /// A new generation, whose parent is the one before.
+    pub(super) fn begin_generation(&mut self) {
+        self.head.parents.insert(0, self.head.generation);
+        self.head.parents.truncate(PARENTS_MAX);
+        self.meta.generations += 1;
+        let entropy = self.config.entropy;
+        let high = mix((entropy >> 64) as u64 ^ mix(self.meta.generations));
+        let low = mix(entropy as u64 ^ mix(self.meta.generations ^ 0x5bd1_e995));
+        self.head.generation =
+            uuid::Builder::from_random_bytes((u128::from(high) << 64 | u128::from(low)).to_be_bytes())
+                .into_uuid();
+        assert!(self.head.generation != Uuid::nil());
+    }
+
+    /// Takes a replica out of use. Refused (false) for the last one in sync; no matter for one not in use.
+    pub(super) fn fail_replica(&mut self, slot: ReplicaSlot, state: MemberState, reason: String) -> bool {
+        if !self.active().contains(slot) {
+            return true;
+        }
+        if self.in_sync == ReplicaSet::only(slot) && !planted(Bug::FailTheLast) {
+            return false;
+        }
+        let joining = self.meta.commit.as_ref().is_some_and(|commit| commit.joining.contains(slot));
+        let was_in_sync = self.in_sync.contains(slot) || joining;
+        if let Some(commit) = &mut self.meta.commit {
+            commit.joining.remove(slot);
+        }
+        self.in_sync.remove(slot);
+        self.resyncing.remove(slot);
+        let text = format!("{} is {state:?}: {reason}", self.describe(slot));
+        self.notice(NoticeLevel::Warning, text);
+        let replica = self.replica_mut(slot);
+        replica.member.state = state;
+        replica.state = if state == MemberState::Faulty { ReplicaState::Faulty } else { ReplicaState::Stale };
+        replica.reason = Some(reason);
+        replica.closing = true;
+        self.mark_dirty_regions_stale(slot);
+        if was_in_sync {
+            self.begin_generation();
+        }
+        self.meta.dirty = true;
+        self.abandon_ops(slot);
+        self.refresh_alignment();
+        self.forget_unsynced_if_alone();
+        self.work.push_back(Work::DetachIfIdle(slot));
+        true
+    }
+
+    /// Fails a replica that gave an error, unless it is the last in sync.
+    pub(super) fn fail_on_error(&mut self, slot: ReplicaSlot, errno: Errno, what: &str) {
+        if !self.fail_replica(slot, MemberState::Faulty, format!("{what}: {errno}")) {
+            let text = format!("{}: {what}: {errno}; it is the last in sync and stays", self.describe(slot));
+            self.notice(NoticeLevel::Error, text);
+        }
+    }
+
+    /// A read of a replica failed and another one answers: it stays, until there are too many of those.
+    pub(super) fn note_read_error(&mut self, slot: ReplicaSlot, errno: Errno) {
+        if !self.active().contains(slot) {
+            return;
+        }
+        let replica = self.replica_mut(slot);
+        replica.read_errors += 1;
+        let gone = matches!(errno, Errno::ENODEV | Errno::ENXIO | Errno::ENOMEDIUM);
+        if gone {
+            self.fail_on_error(slot, errno, "the device is gone");
+        } else if replica.read_errors > READ_ERRORS_MAX {
+            self.fail_on_error(slot, errno, "too many read errors");
+        } else {
+            let text = format!("{}: read error: {errno}", self.describe(slot));
+            self.notice(NoticeLevel::Warning, text);
+        }
+    }
+
+    /// Copies of `regions` on the in-sync replicas may differ from now on.
+    pub(super) fn mark_unsynced(&mut self, regions: &[RegionIndex]) {
+        if self.in_sync.len() < 2 {
+            return;
+        }
+        for region in regions {
+            if !self.unsynced[region.index()] {
+                assert!(self.maps.intent[region.index()], "an unsynced region is dirty");
+                self.unsynced.set(region.index(), true);
+                self.unsynced_count += 1;
+            }
+        }
+    }
+
+    /// With one in-sync replica there is nothing to differ from.
+    fn forget_unsynced_if_alone(&mut self) {
+        if self.in_sync.len() < 2 && self.unsynced_count > 0 {
+            self.unsynced.fill(false);
+            self.unsynced_count = 0;
+            self.wake_all_sync_waiters();
+        }
+    }
+
+    /// Issues a superblock commit where one is due.
+    pub(super) fn pump_superblock(&mut self) {
+        if self.meta.commit.is_some() || self.config.read_only {
+            return;
+        }
+        if self.meta.retry_at.is_some_and(|at| at > self.now) {
+            return;
+        }
+        let joining = self.ready_to_join();
+        if !self.meta.dirty && joining.is_empty() {
+            return;
+        }
+        self.meta.retry_at = None;
+        self.meta.dirty = false;
+        let event_count = self.head.event_count + 1;
+        let targets = self.active();
+        let mut events_before = [0; REPLICAS_MAX];
+        for slot in self.members().iter() {
+            events_before[slot.index()] = self.replica(slot).member.event_count;
+            if targets.contains(slot) {
+                self.replica_mut(slot).member.event_count = event_count;
+            }
+            if joining.contains(slot) {
+                self.replica_mut(slot).member.state = MemberState::InSync;
+            }
+        }
+        self.meta.commit = Some(Commit {
+            event_count,
+            remaining: targets,
+            ok: ReplicaSet::EMPTY,
+            failed: SmallVec::new(),
+            joining,
+            events_before,
+        });
+        for slot in targets.iter() {
+            self.write_superblock(slot, event_count);
+        }
+        if targets.is_empty() {
+            self.superblock_committed();
+        }
+    }
+
+    fn write_superblock(&mut self, slot: ReplicaSlot, event_count: u64) {
+        let members: [Option<Member>; REPLICAS_MAX] = std::array::from_fn(|index| {
+            self.replicas[index].as_ref().filter(|r| r.is_member()).map(|r| r.member.clone())
+        });
+        let layout = self.replica(slot).layout;
+        let superblock = Superblock {
+            slot,
+            device_bytes: layout.device_bytes,
+            event_count,
+            clean: self.meta.clean,
+            written_unix_ns: self.config.wall_clock_origin_ns.saturating_add(self.now.0),
+            members,
+            ..self.head.clone()
+        };
+        let mut buffer = self.pool.take(BLOCK_BYTES as usize);
+        buffer[..BLOCK_BYTES as usize].copy_from_slice(&superblock.encode());
+        let data = Payload { buffer: buffer.share(), start: 0, len: BLOCK_BYTES as usize };
+        let offset = layout.superblock_offset(event_count % 2);
+        self.issue(slot, OpOwner::Superblock, DeviceOp::Write { offset, data, durable: true });
+    }
+
+    /// One replica's part of a superblock commit has ended.
+    pub(super) fn superblock_op_done(&mut self, slot: ReplicaSlot, result: Result<(), Errno>) {
+        let Some(commit) = &mut self.meta.commit else { unreachable!("a commit is in flight") };
+        assert!(commit.remaining.contains(slot));
+        commit.remaining.remove(slot);
+        match result {
+            Ok(()) => commit.ok.insert(slot),
+            Err(errno) => commit.failed.push((slot, errno)),
+        }
+        if commit.remaining.is_empty() {
+            self.superblock_committed();
+        }
+    }
+
+    fn superblock_committed(&mut self) {
+        let Some(commit) = self.meta.commit.take() else { unreachable!("it has just ended") };
+        for (slot, _) in &commit.failed {
+            if let Some(replica) = self.replicas[slot.index()].as_mut() {
+                replica.member.event_count = commit.events_before[slot.index()];
+            }
+        }
+        if commit.ok.intersection(self.in_sync).is_empty() {
+            // Tried again with the same event count: the same slot, so the superblock before stays whole.
+            for slot in commit.joining.iter() {
+                self.replica_mut(slot).member.state = MemberState::Resyncing;
+            }
+            self.meta.dirty = true;
+            self.meta.retry_at = Some(self.now.plus(SECOND_NS));
+            let errno = commit.failed.first().map_or(Errno::EIO, |(_, errno)| *errno);
+            self.metadata_cannot_be_recorded(errno);
+            return;
+        }
+        self.head.event_count = commit.event_count;
+        for slot in commit.joining.intersection(commit.ok).iter() {
+            self.resyncing.remove(slot);
+            self.in_sync.insert(slot);
+            let replica = self.replica_mut(slot);
+            replica.state = ReplicaState::InSync;
+            replica.reason = None;
+            let text = format!("{} is in sync", self.describe(slot));
+            self.notice(NoticeLevel::Info, text);
+        }
+        for (slot, errno) in commit.failed {
+            self.fail_on_error(slot, errno, "its superblock could not be written");
+        }
+    }
+
+    /// Resyncing replicas that miss nothing any more and have every page.
+    fn ready_to_join(&self) -> ReplicaSet {
+        if self.resyncing.is_empty() || !self.open {
+            return ReplicaSet::EMPTY;
+        }
+        let ready = |slot: &ReplicaSlot| {
+            self.stale_count[slot.index()] == 0
+                && self.pages.nothing_owed(*slot)
+                && !self.is_job_target(*slot)
+        };
+        self.resyncing.iter().filter(ready).collect()
+    }
+
+    /// Lets go what waited for a membership change, where there is none (any more).
+    pub(super) fn pump_settled(&mut self) {
+        if self.broken {
+            if self.settled() {
+                self.broken = false;
+                self.notice(NoticeLevel::Info, "metadata is recorded again: writes go on".to_owned());
+            } else {
+                // Whoever waits for the change is told that it cannot be recorded.
+                let held = std::mem::take(&mut self.held);
+                self.work.extend(held.into_iter().map(Work::Unrecorded));
+                for id in std::mem::take(&mut self.held_flushes) {
+                    self.reply_flush(id, false);
+                }
+                return;
+            }
+        }
+        if self.held.is_empty() && self.held_flushes.is_empty() {
+            return;
+        }
+        if self.settled() || planted(Bug::AckBeforeMembership) {
+            let held: Vec<Key> = std::mem::take(&mut self.held);
+            self.work.extend(held.into_iter().map(Work::Settled));
+            for id in std::mem::take(&mut self.held_flushes) {
+                self.reply_flush(id, true);
+            }
+        }
+    }
+
+    /// Whether a region copy writes to the replica in `slot`.
+    fn is_job_target(&self, slot: ReplicaSlot) -> bool {
+        self.resync.active.values().any(|task| self.job(*task).is_some_and(|job| job.targets.contains(slot)))
+    }
+
+    /// Wakes everybody who waits for a region's sync.
+    fn wake_all_sync_waiters(&mut self) {
+        let waiters = std::mem::take(&mut self.resync.waiters);
+        for (_, tasks) in waiters {
+            self.work.extend(tasks.into_iter().map(|task| Work::SyncEnded(task, JobEnd::Done)));
+        }
+    }
+}

@@ -1,0 +1,200 @@
+//! Opening: from an assembly to a volume that takes requests.
+//!
+//! What must hold: before the first data write, (1) every page with a bit set is the same on every active
+//! replica, (2) *two* superblock commits are durable, so that a copy of a replica taken before is at least two
+//! events behind and is never taken for current, (3) members that are not there are recorded as such.
+
+use std::collections::VecDeque;
+
+use super::admin::AdminState;
+use super::event::NoticeLevel;
+use super::flush::Flushes;
+use super::intent::{Pages, Sweep};
+use super::membership::Meta;
+use super::overlap::OverlapTable;
+use super::read_policy::ReadPolicy;
+use super::replica::{NO_TRAITS, Replica, inactive_state};
+use super::resync::ResyncState;
+use super::slab::Slab;
+use super::status::{ClientCounters, ReplicaState};
+use super::{Mirror, MirrorConfig};
+use crate::buffer::BufferPool;
+use crate::format::assemble::Assembly;
+use crate::format::bitmap::{Bitmap, RegionMaps};
+use crate::format::layout::Layout;
+use crate::format::superblock::{Member, MemberState};
+use crate::units::{Nanos, REPLICAS_MAX, ReplicaSet, ReplicaSlot};
+
+/// Superblock commits before a volume opens for writing.
+const OPENING_COMMITS: u32 = 2;
+
+impl Mirror {
+    /// A volume as assembled. `handle` must be called once with `Event::Tick` to start it.
+    ///
+    /// # Panics
+    /// Where the assembly has no in-sync replica, or `config.traits` does not go with it.
+    #[must_use]
+    pub fn new(config: MirrorConfig, assembly: Assembly, pool: BufferPool) -> Self {
+        let head = assembly.head;
+        let regions = head.regions;
+        let count = regions.count() as usize;
+        assert!(!assembly.in_sync.is_empty() && assembly.maps.intent.len() == count);
+        let replicas = std::array::from_fn(|index| {
+            let slot = ReplicaSlot::new(index);
+            let member = head.members[index].clone()?;
+            Some(start_replica(&config, &assembly.in_sync, &assembly.resync, slot, member, regions))
+        });
+        let alone = assembly.in_sync.len() < 2;
+        let unsynced = if alone { Bitmap::repeat(false, count) } else { assembly.unsynced };
+        let mut mirror = Self {
+            policy: ReadPolicy::new(config.write_mostly),
+            regions,
+            now: Nanos(0),
+            out: Vec::new(),
+            work: VecDeque::new(),
+            pool,
+            replicas,
+            in_sync: assembly.in_sync,
+            resyncing: if config.read_only { ReplicaSet::EMPTY } else { assembly.resync },
+            source: assembly.source,
+            io_align: 1,
+            maps: RegionMaps { intent: assembly.maps.intent, stale: assembly.maps.stale },
+            intent_durable: Bitmap::repeat(false, count),
+            recent: Bitmap::repeat(false, count),
+            unsynced_count: unsynced.count_ones() as u64,
+            unsynced,
+            stale_count: [0; REPLICAS_MAX],
+            region_writes: vec![0; count],
+            ops: Slab::new(),
+            tasks: Slab::new(),
+            locks: OverlapTable::new(),
+            pages: Pages::new(Layout::pages(regions)),
+            sweep: Sweep::Idle(None),
+            meta: Meta::new(),
+            flushes: Flushes::new(),
+            resync: ResyncState::new(),
+            admin: AdminState::new(),
+            held: Vec::new(),
+            held_flushes: Vec::new(),
+            broken: false,
+            open: config.read_only,
+            opening_commits: OPENING_COMMITS,
+            early: VecDeque::new(),
+            unclean_bytes_at_start: 0,
+            counters: ClientCounters::default(),
+            head,
+            config,
+        };
+        mirror.refresh_alignment();
+        mirror.unclean_bytes_at_start = mirror.bytes_in(&mirror.unsynced);
+        if !mirror.config.read_only {
+            mirror.begin_opening(assembly.forced);
+        }
+        for text in assembly.warnings {
+            mirror.notice(NoticeLevel::Warning, text);
+        }
+        mirror.work.push_back(super::Work::Pump);
+        mirror
+    }
+
+    /// What has to be recorded before the volume opens.
+    fn begin_opening(&mut self, forced: bool) {
+        let inactive = self.inactive_members();
+        let intent = self.maps.intent.clone();
+        let mut shrunk = forced;
+        for slot in inactive.iter() {
+            // A dirty region is stale on everybody who will not take part.
+            self.widen_stale(slot, Some(&intent));
+            let member = &mut self.replica_mut(slot).member;
+            if member.state == MemberState::InSync {
+                member.state = MemberState::Stale;
+                shrunk = true;
+            }
+        }
+        for slot in self.resyncing.iter() {
+            self.widen_stale(slot, Some(&intent));
+            let member = &mut self.replica_mut(slot).member;
+            shrunk |= member.state == MemberState::InSync;
+            member.state = MemberState::Resyncing;
+        }
+        for slot in self.in_sync.iter() {
+            self.replica_mut(slot).member.state = MemberState::InSync;
+        }
+        for slot in ReplicaSlot::all() {
+            if self.replicas[slot.index()].is_none() {
+                self.drop_stale(slot);
+            }
+        }
+        // A replica that is in sync misses nothing, whatever an old map says (assembly has looked at it).
+        for slot in self.in_sync.iter() {
+            self.drop_stale(slot);
+        }
+        if shrunk {
+            self.begin_generation();
+        }
+        self.meta.dirty = true;
+        self.settle_pages_in_use();
+        if !self.resyncing.is_empty() || forced {
+            self.owe_every_page(self.resyncing);
+        }
+        if self.maps.intent.any() {
+            self.sweep = Sweep::Idle(Some(self.now.plus(self.config.intent_idle_ns / 2)));
+        }
+    }
+
+    /// Opens when everything is recorded.
+    pub(super) fn pump_opening(&mut self) {
+        if self.open || !self.settled() {
+            return;
+        }
+        self.opening_commits -= 1;
+        if self.opening_commits > 0 {
+            self.meta.dirty = true;
+            self.work.push_back(super::Work::Pump);
+            return;
+        }
+        self.open = true;
+        for (id, request) in std::mem::take(&mut self.early) {
+            self.start_request(id, request);
+        }
+        self.work.push_back(super::Work::Pump);
+    }
+}
+
+fn start_replica(
+    config: &MirrorConfig,
+    in_sync: &ReplicaSet,
+    resync: &ReplicaSet,
+    slot: ReplicaSlot,
+    member: Member,
+    regions: crate::units::Regions,
+) -> Replica {
+    let attached = in_sync.contains(slot) || resync.contains(slot);
+    let traits = config.traits[slot.index()];
+    assert!(attached == traits.is_some(), "exactly the replicas found are open");
+    let state = if in_sync.contains(slot) {
+        ReplicaState::InSync
+    } else if !attached {
+        ReplicaState::Missing
+    } else if config.read_only {
+        inactive_state(member.state)
+    } else {
+        ReplicaState::Resyncing
+    };
+    let traits = traits.unwrap_or(NO_TRAITS);
+    let layout = Layout { regions, device_bytes: traits.device_bytes };
+    Replica {
+        member,
+        state,
+        reason: None,
+        traits,
+        layout,
+        attached,
+        closing: false,
+        removed: false,
+        in_flight: 0,
+        errors: 0,
+        read_errors: 0,
+        flush_failed: false,
+    }
+}

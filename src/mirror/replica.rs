@@ -1,0 +1,112 @@
+//! What the core knows of one replica, and the sets that follow from it.
+//!
+//! ```text
+//!              found at start, trusted                       error, or `fail`
+//!   (start) ──────────────────────────► InSync ───────────────────────────────► Faulty
+//!      │                                  ▲                                       │ ▲
+//!      │ found, missed writes             │ nothing stale, all pages written,     │ │ error
+//!      ├────────────────► Resyncing ──────┘ superblock commit done          `add` │ │
+//!      │                      ▲ └─────────────────────────────────────────────────┼─┘
+//!      │ not found            └───────────────────────────────────────────────────┤
+//!      └────────────────► Missing ──────────────────── `add` ─────────────────────┘
+//! ```
+
+use super::Mirror;
+use super::event::DeviceTraits;
+use super::status::ReplicaState;
+use crate::format::layout::Layout;
+use crate::format::superblock::{Member, MemberState};
+use crate::units::{ReplicaSet, ReplicaSlot};
+
+/// One member of the volume.
+#[derive(Debug)]
+pub(super) struct Replica {
+    /// Its entry in the member table, as the next superblock will say it.
+    pub(super) member: Member,
+    /// Its state now.
+    pub(super) state: ReplicaState,
+    /// Why, where there is something to say.
+    pub(super) reason: Option<String>,
+    /// What its backing can do, and where its metadata stands; meaningless while not attached.
+    pub(super) traits: DeviceTraits,
+    pub(super) layout: Layout,
+    /// The shell holds it open.
+    pub(super) attached: bool,
+    /// To be closed when nothing is in flight on it.
+    pub(super) closing: bool,
+    /// Not a member any more; its place is freed when it is closed.
+    pub(super) removed: bool,
+    /// Operations in flight, abandoned ones included.
+    pub(super) in_flight: u64,
+    /// Operations that failed since start.
+    pub(super) errors: u64,
+    /// Read errors that count towards the budget.
+    pub(super) read_errors: u64,
+    /// Its last flush failed: what it was to cover may be lost, so no later flush can vouch for it.
+    pub(super) flush_failed: bool,
+}
+
+impl Replica {
+    /// Whether it is a member of the volume (a removed one that is still open is not).
+    pub(super) fn is_member(&self) -> bool {
+        !self.removed
+    }
+}
+
+/// Device traits of a replica that is not there.
+pub(super) const NO_TRAITS: DeviceTraits = DeviceTraits { device_bytes: 0, io_align: 1, cheap_zero: true };
+
+/// How a recorded state shows for a replica that is not active.
+pub(super) fn inactive_state(recorded: MemberState) -> ReplicaState {
+    match recorded {
+        MemberState::Faulty => ReplicaState::Faulty,
+        MemberState::InSync | MemberState::Resyncing | MemberState::Stale => ReplicaState::Stale,
+    }
+}
+
+impl Mirror {
+    /// Replicas that take client writes and metadata: those in sync and those resyncing.
+    pub(super) fn active(&self) -> ReplicaSet {
+        self.in_sync.union(self.resyncing)
+    }
+
+    /// Members of the volume that take no writes.
+    pub(super) fn inactive_members(&self) -> ReplicaSet {
+        self.members().difference(self.active())
+    }
+
+    /// Every slot that has a member.
+    pub(super) fn members(&self) -> ReplicaSet {
+        ReplicaSlot::all()
+            .filter(|slot| self.replicas[slot.index()].as_ref().is_some_and(Replica::is_member))
+            .collect()
+    }
+
+    pub(super) fn replica(&self, slot: ReplicaSlot) -> &Replica {
+        let Some(replica) = &self.replicas[slot.index()] else { unreachable!("slot {slot} has a replica") };
+        replica
+    }
+
+    pub(super) fn replica_mut(&mut self, slot: ReplicaSlot) -> &mut Replica {
+        let Some(replica) = &mut self.replicas[slot.index()] else {
+            unreachable!("slot {slot} has a replica")
+        };
+        replica
+    }
+
+    /// Works out the alignment that every active replica can do.
+    pub(super) fn refresh_alignment(&mut self) {
+        let aligns = self.active().iter().map(|slot| u64::from(self.replica(slot).traits.io_align));
+        self.io_align = aligns.max().unwrap_or(1).max(1);
+    }
+
+    /// Whether every active replica can zero without writing.
+    pub(super) fn zeroing_is_cheap(&self) -> bool {
+        self.active().iter().all(|slot| self.replica(slot).traits.cheap_zero)
+    }
+
+    /// Name of a replica for messages.
+    pub(super) fn describe(&self, slot: ReplicaSlot) -> String {
+        format!("replica {slot} ({})", self.replica(slot).member.path)
+    }
+}

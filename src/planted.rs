@@ -1,0 +1,117 @@
+//! Planted bugs: switches that break one promise each, so that the simulator can be seen to notice.
+//!
+//! What must hold: outside tests and the `sim` feature [`planted`] is a constant `false`, so that no switch
+//! is left in a normal build. In simulations the switch belongs to the thread: worlds in other threads are
+//! not touched.
+//!
+//! Use, where the core does the right thing: `if planted(Bug::AckBeforeIntent) || intent_is_durable { .. }`.
+
+/// A bug that can be planted. The doc of each says what the core (or assembly) then does wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Bug {
+    /// Data goes to the replicas without waiting for the intent bit (promise 1).
+    AckBeforeIntent,
+    /// The intent bit is written to one in-sync replica only (promise 1).
+    IntentOnOneReplica,
+    /// A write is answered before the membership change that it caused is recorded (promise 2).
+    AckBeforeMembership,
+    /// A write that a replica missed leaves no stale bit (promise 2).
+    DropStaleBit,
+    /// Overlapping writes go out without waiting for each other (promise 3).
+    OverlapRace,
+    /// Intent bits are cleared without a flush before (promise 4).
+    ClearBeforeFlush,
+    /// An intent bit is cleared while a write in its region is in flight (promise 4).
+    ClearWithWriteInFlight,
+    /// Reads of an unsynced region do not wait for its sync (promise 5).
+    ReadStaleSide,
+    /// A resynced region is read from the replica that missed its writes (promise 5).
+    ReadStaleReplica,
+    /// The last in-sync replica is failed on an error (promise 6).
+    FailTheLast,
+    /// Resync copies from the stale replica to the one in sync (promise 7).
+    ResyncWrongDirection,
+    /// A replica that begins a resync does not get every bitmap page (promise 7).
+    SkipPageOnResyncStart,
+    /// A resync's copy is not flushed before its stale bit is cleared (promise 7).
+    ResyncWithoutFlush,
+    /// Assembly takes replicas with equal event counts for equal and ignores intent bits (promise 8).
+    EqualCountersEqualData,
+    /// Assembly does not look at generations: diverged replicas are taken (promise 8).
+    DivergenceIgnored,
+    /// A flush goes to one replica only (promise 9).
+    FlushOneReplicaOnly,
+    /// FUA is answered like a plain write (promise 9).
+    FuaIgnored,
+    /// A write of zeroes is not sent to the second replica (promise 3).
+    ZeroOneReplica,
+    /// After a flush that failed everywhere the next one is answered with success (promise 9).
+    FlushFailureForgotten,
+}
+
+/// Every planted bug, in order.
+pub const BUGS: [Bug; 19] = [
+    Bug::AckBeforeIntent,
+    Bug::IntentOnOneReplica,
+    Bug::AckBeforeMembership,
+    Bug::DropStaleBit,
+    Bug::OverlapRace,
+    Bug::ClearBeforeFlush,
+    Bug::ClearWithWriteInFlight,
+    Bug::ReadStaleSide,
+    Bug::ReadStaleReplica,
+    Bug::FailTheLast,
+    Bug::ResyncWrongDirection,
+    Bug::SkipPageOnResyncStart,
+    Bug::ResyncWithoutFlush,
+    Bug::EqualCountersEqualData,
+    Bug::DivergenceIgnored,
+    Bug::FlushOneReplicaOnly,
+    Bug::FuaIgnored,
+    Bug::ZeroOneReplica,
+    Bug::FlushFailureForgotten,
+];
+
+#[cfg(any(test, feature = "sim"))]
+mod switch {
+    use super::Bug;
+    use std::cell::Cell;
+
+    thread_local! {
+        static PLANTED: Cell<Option<Bug>> = const { Cell::new(None) };
+        static REACHED: Cell<u64> = const { Cell::new(0) };
+    }
+
+    /// Plants `bug` in this thread; `None` plants none.
+    pub fn plant(bug: Option<Bug>) {
+        PLANTED.set(bug);
+        REACHED.set(0);
+    }
+
+    /// Whether `bug` is planted in this thread.
+    #[must_use]
+    pub fn planted(bug: Bug) -> bool {
+        let hit = PLANTED.get() == Some(bug);
+        if hit {
+            REACHED.set(REACHED.get() + 1);
+        }
+        hit
+    }
+
+    /// How often the planted bug's switch was consulted in this thread since it was planted: 0 means that the
+    /// core has no such switch, or that the run never got there.
+    #[must_use]
+    pub fn reached() -> u64 {
+        REACHED.get()
+    }
+}
+#[cfg(any(test, feature = "sim"))]
+pub use switch::{plant, planted, reached};
+
+/// No bug is ever planted in a normal build.
+#[cfg(not(any(test, feature = "sim")))]
+#[must_use]
+#[inline(always)]
+pub const fn planted(_bug: Bug) -> bool {
+    false
+}
