@@ -150,11 +150,23 @@ impl World {
     fn records_absence(&self, survivor: usize, slot: ReplicaSlot, pending: &Pending) -> bool {
         let Some(found) = &self.meta[survivor].found else { return false };
         let Some(member) = &found.superblock.members[slot.index()] else { return true };
+        if pending.asked == Asked::Trim
+            && !self.data_regions(pending.range).any(|region| self.meta[survivor].intent(region))
+        {
+            return true; // it touched nothing
+        }
         if member.state == MemberState::InSync {
             return false;
         }
         let resyncing = self.daemon.as_ref().is_some_and(|daemon| daemon.resyncing.contains(slot));
-        let stale = self.data_regions(pending.range).all(|region| self.meta[survivor].stale(slot, region));
+        // A trim may have touched less than was asked; what it touched is dirty.
+        let touched = |region: &RegionIndex| {
+            pending.asked != Asked::Trim || self.meta[survivor].intent(*region)
+        };
+        let stale = self
+            .data_regions(pending.range)
+            .filter(touched)
+            .all(|region| self.meta[survivor].stale(slot, region));
         if resyncing {
             return stale || pending.asked == Asked::Trim || self.has_data(slot, pending);
         }
