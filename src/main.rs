@@ -1,3 +1,9 @@
 //! The `nbdmirror` command.
 
-fn main() {}
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    nbdmirror::cli::Cli::parse().run()
+}

@@ -284,8 +284,10 @@ impl Roles {
                 }
             }
         }
-        let unsynced =
-            if self.in_sync.len() >= 2 { maps.intent.clone() } else { Bitmap::repeat(false, regions) };
+        // After an orderly stop the in-sync replicas hold the same bytes, whatever bits had to stay set (a replica
+        // that is away keeps them).
+        let may_differ = self.in_sync.len() >= 2 && !head.clean;
+        let unsynced = if may_differ { maps.intent.clone() } else { Bitmap::repeat(false, regions) };
         let Some(source) = self.in_sync.first() else {
             unreachable!("assemble refuses or forces where none is in sync")
         };

@@ -65,7 +65,7 @@ pub struct Superblock {
     pub generation: Uuid,
     /// Earlier generations, newest first, at most `PARENTS_MAX`.
     pub parents: Vec<Uuid>,
-    /// The volume was stopped in order: no intent bit is set.
+    /// The volume was stopped in order: the in-sync replicas hold the same bytes, flushed.
     pub clean: bool,
     /// Nanoseconds since 1970 when this was written.
     pub written_unix_ns: u64,

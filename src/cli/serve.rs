@@ -1,0 +1,354 @@
+//! Serves a volume: `nbdmirror serve`.
+//!
+//! ```text
+//!  paths ─► open, lock, read ─► (plan creation) ─► assemble ─► bind sockets ─► (create) ─► engine ─► control
+//!  └──────────────── refusals: nothing has been written ────────────────────┘
+//! ```
+//!
+//! What must hold: every refusal comes before the first byte is written to a replica.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use clap::Args;
+use tracing_subscriber::EnvFilter;
+use uuid::Uuid;
+
+use super::creation::{Plan, Wish};
+use super::open::{Opened, absolute, device_failure, distinct_paths, open, open_for_add};
+use super::replicas::{Gathered, gather, require_all};
+use super::size::{exact, parse_region_size, parse_size};
+use super::target::volume_name;
+use super::{Outcome, banner, print};
+use crate::control::failure::Failure;
+use crate::control::listen::{ListenAddress, Listener, UnixSocket, bind};
+use crate::control::runtime_dir::{CONTROL_SUFFIX, NBD_SUFFIX, check_volume_name, prepare_runtime_dir};
+use crate::control::{self, ControlConfig};
+use crate::engine::availability::check_io_uring;
+use crate::engine::device::{Access, ReplicaDevice};
+use crate::engine::{EngineConfig, MEMORY_BYTES_MAX_DEFAULT};
+use crate::format::Assembly;
+use crate::format::assemble::{AssembleOptions, assemble};
+use crate::mirror::MirrorConfig;
+use crate::nbd::export::Export;
+use crate::units::{REPLICAS_MAX, ReplicaSet, ReplicaSlot, SECOND_NS};
+
+const INTENT_IDLE_NS: u64 = 5 * SECOND_NS;
+const RESYNC_JOBS_MAX: usize = 4;
+
+const AFTER_HELP: &str = "\
+Examples:
+  nbdmirror serve --create 1G disk-a.img disk-b.img     make a mirror if there is none, and serve it
+  nbdmirror serve /dev/sdb /dev/sdc                     on a Unix socket, for this machine
+  nbdmirror serve --listen 127.0.0.1:10809 --listen unix:/run/vol.sock a.img b.img
+  nbdmirror serve --degraded a.img                      the other replica is gone for now
+
+Without --listen, clients connect to a Unix socket named after the volume in /run/nbdmirror (as root) or
+$XDG_RUNTIME_DIR/nbdmirror. SIGTERM and SIGINT stop the volume cleanly (exit code 0); a second one ends at
+once (130). Log to standard error: -v, -vv, or $RUST_LOG.";
+
+#[derive(Args, Debug)]
+#[command(after_help = AFTER_HELP)]
+pub(super) struct Serve {
+    /// Make a volume of this size first if the replicas hold none yet.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    create: Option<u64>,
+    /// With --create: unit of dirty tracking and resync, a power of two from 64K to 64M.
+    #[arg(long, value_name = "SIZE", value_parser = parse_region_size, requires = "create")]
+    region_size: Option<u64>,
+    /// Where clients connect: unix:PATH or ADDR:PORT (may be given several times).
+    #[arg(long, value_name = "WHERE")]
+    listen: Vec<ListenAddress>,
+    /// Name of the volume, from now on: it is recorded on the replicas.
+    #[arg(long, value_parser = volume_name)]
+    name: Option<String>,
+    /// Start although replicas are missing.
+    #[arg(long)]
+    degraded: bool,
+    /// Serve for reading only, and write nothing to the replicas.
+    #[arg(long)]
+    read_only: bool,
+    /// Read this replica only when nothing else can answer (may be given several times).
+    #[arg(long, value_name = "REPLICA")]
+    write_mostly: Vec<PathBuf>,
+    /// Path of the control socket [default: beside the default NBD socket].
+    #[arg(long, value_name = "PATH")]
+    control: Option<PathBuf>,
+    /// Start from a stale replica alone: gives up writes that only the missing ones have.
+    #[arg(long)]
+    force: bool,
+    /// Memory for requests in flight [default: 256M].
+    #[arg(long, value_name = "SIZE", value_parser = parse_memory_size,
+        default_value_t = MEMORY_BYTES_MAX_DEFAULT, hide_default_value = true)]
+    memory: u64,
+    /// Log more (-vv: everything).
+    #[arg(short, long, action = clap::ArgAction::Count)]
+    verbose: u8,
+    /// Files or block devices, one to eight.
+    #[arg(required = true)]
+    replica: Vec<PathBuf>,
+}
+
+const _: () = assert!(MEMORY_BYTES_MAX_DEFAULT >= MEMORY_BYTES_MIN);
+/// Enough for two of the largest requests at once.
+const MEMORY_BYTES_MIN: u64 = 96 << 20;
+
+fn parse_memory_size(text: &str) -> Result<u64, String> {
+    let bytes = parse_size(text).map_err(|error| error.to_string())?;
+    if bytes < MEMORY_BYTES_MIN {
+        return Err(format!("too little memory; give {} or more", exact(MEMORY_BYTES_MIN)));
+    }
+    Ok(bytes)
+}
+
+impl Serve {
+    pub(super) fn run(self) -> Outcome {
+        log_to_stderr(self.verbose);
+        // Before any thread starts.
+        control::block_signals()?;
+        check_io_uring().map_err(|error| Failure::new(error.to_string()))?;
+        raise_descriptor_limit();
+        if self.create.is_some() && self.read_only {
+            return Err(Failure::new("--create and --read-only exclude each other").hint("create it first"));
+        }
+        let paths = distinct_paths(&self.replica)?;
+        let write_mostly = self.write_mostly_paths(&paths)?;
+        let opened = self.open(&paths)?;
+        match self.creation(opened)? {
+            Creation::Planned(plan) => {
+                let sockets = self.bind(&plan.name)?;
+                let described = plan.describe();
+                plan.carry_out()?;
+                print(&described)?;
+                let gathered = require_all(self.open(&paths)?)?;
+                let assembly = self.assemble(&gathered)?;
+                self.start(gathered, assembly, sockets, &write_mostly)
+            }
+            Creation::NotWanted(opened) => {
+                let gathered = gather(opened, self.degraded)?;
+                let assembly = self.assemble(&gathered)?;
+                let sockets = self.bind(&assembly.head.name)?;
+                self.start(gathered, assembly, sockets, &write_mostly)
+            }
+        }
+    }
+
+    /// The paths of `--write-mostly`, each of which must be one of the replicas.
+    fn write_mostly_paths(&self, replicas: &[PathBuf]) -> Result<Vec<PathBuf>, Failure> {
+        let same = |one: &PathBuf, other: &PathBuf| {
+            one == other || matches!((one.canonicalize(), other.canonicalize()), (Ok(a), Ok(b)) if a == b)
+        };
+        let find = |wanted: &PathBuf| {
+            let path = absolute(wanted)?;
+            replicas.iter().find(|replica| same(replica, &path)).cloned().ok_or_else(|| {
+                Failure::new(format!("--write-mostly {} is none of the replicas", wanted.display()))
+                    .hint("name it as you name the replica, and name it there too")
+            })
+        };
+        self.write_mostly.iter().map(find).collect()
+    }
+
+    fn open(&self, paths: &[PathBuf]) -> Result<Vec<Opened>, Failure> {
+        let access = if self.read_only { Access::ReadOnly } else { Access::ReadWrite };
+        paths.iter().map(|path| open(path, access).map_err(device_failure)).collect()
+    }
+
+    /// Whether a volume is to be made first, and if so, a plan that has been checked.
+    fn creation(&self, opened: Vec<Opened>) -> Result<Creation, Failure> {
+        let Some(size_bytes) = self.create else { return Ok(Creation::NotWanted(opened)) };
+        let is_new = |replica: &Opened| matches!(replica.content, Ok(None));
+        let Some(holder) = opened.iter().find(|replica| !is_new(replica)) else {
+            let wish = Wish {
+                size_bytes: Some(size_bytes),
+                region_bytes: self.region_size,
+                name: self.name.clone(),
+                assume_clean: false,
+                force: false,
+            };
+            return Plan::new(wish, opened).map(Creation::Planned);
+        };
+        if let Some(new) = opened.iter().find(|replica| is_new(replica)).filter(|_| !self.degraded) {
+            return Err(Failure::new(format!(
+                "{} holds a volume and {} does not",
+                holder.path_text(),
+                new.path_text()
+            ))
+            .hint(format!(
+                "serve the volume without --create and with --degraded, then take {} in with `nbdmirror add`",
+                new.path_text()
+            )));
+        }
+        Ok(Creation::NotWanted(opened))
+    }
+
+    fn assemble(&self, gathered: &Gathered) -> Result<Assembly, Failure> {
+        let options =
+            AssembleOptions { degraded: self.degraded, force: self.force, read_only: self.read_only };
+        let mut assembly =
+            assemble(&gathered.found, options).map_err(|error| Failure::new(error.to_string()))?;
+        for warning in &assembly.warnings {
+            tracing::warn!("{warning}");
+        }
+        let volume_bytes = assembly.head.regions.volume_bytes;
+        if let Some(wanted) = self.create.filter(|wanted| *wanted != volume_bytes) {
+            let (wanted, there) = (exact(wanted), exact(volume_bytes));
+            tracing::warn!("the replicas hold a volume of {there} already: --create {wanted} has no effect");
+        }
+        if let Some(name) = &self.name {
+            assembly.head.name.clone_from(name);
+        }
+        Ok(assembly)
+    }
+
+    fn bind(&self, volume_name: &str) -> Result<Sockets, Failure> {
+        let name = self.name.as_deref().unwrap_or(volume_name);
+        // It may come from a disk, and becomes part of a path.
+        check_volume_name(name)
+            .map_err(|what| Failure::new(what).hint("give the volume another name with --name"))?;
+        let needs_folder = self.listen.is_empty() || self.control.is_none();
+        let folder = if needs_folder { prepare_runtime_dir()? } else { PathBuf::new() };
+        let control = match &self.control {
+            Some(path) => UnixSocket::bind(path, 0o600)?,
+            None => UnixSocket::bind(&folder.join(format!("{name}{CONTROL_SUFFIX}")), 0o600)?,
+        };
+        let mut listeners = Vec::new();
+        if self.listen.is_empty() {
+            let path = folder.join(format!("{name}{NBD_SUFFIX}"));
+            listeners.extend(bind(&ListenAddress::Unix(path))?);
+        }
+        for address in &self.listen {
+            listeners.extend(bind(address)?);
+        }
+        for listener in listeners.iter().filter(|listener| listener.place().is_public()) {
+            tracing::warn!(
+                "{}: everybody who can reach this address can read and write the volume: NBD without TLS has \
+                 neither passwords nor encryption",
+                banner::uri(&listener.place(), name)
+            );
+        }
+        Ok(Sockets { control, listeners })
+    }
+
+    /// Starts the volume and serves it to its end.
+    fn start(
+        &self,
+        gathered: Gathered,
+        assembly: Assembly,
+        sockets: Sockets,
+        write_mostly: &[PathBuf],
+    ) -> Outcome {
+        let export = Arc::new(Export {
+            name: assembly.head.name.clone(),
+            description: "a volume mirrored by nbdmirror".to_owned(),
+            size_bytes: assembly.head.regions.volume_bytes,
+            read_only: self.read_only,
+        });
+        let (devices, write_mostly) = seat(gathered, &assembly, write_mostly);
+        let mirror = MirrorConfig {
+            read_only: self.read_only,
+            write_mostly,
+            traits: [None; REPLICAS_MAX],
+            entropy: entropy(),
+            wall_clock_origin_ns: wall_clock_ns(),
+            intent_idle_ns: INTENT_IDLE_NS,
+            resync_jobs_max: RESYNC_JOBS_MAX,
+        };
+        let config = EngineConfig { mirror, assembly, devices, memory_bytes_max: self.memory };
+        let engine = crate::engine::start(config).map_err(|error| Failure::new(error.to_string()))?;
+        let status = engine.handle.status().blocking_recv().map_err(|_| {
+            Failure::new("the engine ended as soon as it was started").hint("the log says why")
+        })?;
+        let listen_uris: Vec<String> =
+            sockets.listeners.iter().map(|listener| banner::uri(&listener.place(), &export.name)).collect();
+        let places: Vec<_> = sockets.listeners.iter().map(Listener::place).collect();
+        print(&banner::banner(&status, &places, sockets.control.path()))?;
+        let report = control::run(ControlConfig {
+            listeners: sockets.listeners,
+            listen_uris,
+            control: sockets.control,
+            export,
+            engine: engine.handle.clone(),
+            open_replica: open_for_add,
+        })?;
+        engine.join().map_err(|error| Failure::new(error.to_string()))?;
+        if !report.clean {
+            return Err(Failure::new(format!(
+                "stopped, but the volume could not be marked clean: {}",
+                report.message
+            ))
+            .hint("the log says why; the next start resyncs the regions concerned"));
+        }
+        print("Stopped, clean.\n")
+    }
+}
+
+enum Creation {
+    Planned(Plan),
+    NotWanted(Vec<Opened>),
+}
+
+struct Sockets {
+    control: UnixSocket,
+    listeners: Vec<Listener>,
+}
+
+/// Puts each device into its slot, and finds the slots to read last.
+fn seat(
+    gathered: Gathered,
+    assembly: &Assembly,
+    write_mostly: &[PathBuf],
+) -> ([Option<ReplicaDevice>; REPLICAS_MAX], ReplicaSet) {
+    let mut by_index: Vec<Option<ReplicaDevice>> = gathered.devices.into_iter().map(Some).collect();
+    let mut devices = [const { None }; REPLICAS_MAX];
+    let mut read_last = ReplicaSet::EMPTY;
+    for slot in ReplicaSlot::all() {
+        let Some(index) = assembly.found_of_slot[slot.index()] else { continue };
+        let device = by_index[index].take();
+        if device.as_ref().is_some_and(|device| write_mostly.contains(&device.path)) {
+            read_last.insert(slot);
+        }
+        devices[slot.index()] = device;
+    }
+    (devices, read_last)
+}
+
+fn entropy() -> u128 {
+    // A random UUID has six fixed bits, never at the same place in both.
+    Uuid::new_v4().as_u128() ^ Uuid::new_v4().as_u128().rotate_left(37)
+}
+
+fn wall_clock_ns() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
+}
+
+fn log_to_stderr(verbose: u8) {
+    let default = match verbose {
+        0 => "warn,nbdmirror=info",
+        1 => "info,nbdmirror=debug",
+        _ => "trace",
+    };
+    let filter = if std::env::var_os("RUST_LOG").is_some() && verbose == 0 {
+        EnvFilter::from_default_env()
+    } else {
+        EnvFilter::new(default)
+    };
+    // Set already only where tests call this twice.
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .with_target(false)
+        .try_init();
+}
+
+/// Each client is a descriptor, and the usual soft limit of 1024 is a relic of `select`.
+fn raise_descriptor_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard.min(1 << 16), hard));
+    if let Err(errno) = raised {
+        tracing::debug!("cannot raise the limit of open files: {errno}");
+    }
+}

@@ -1,0 +1,278 @@
+//! The data plane's thread: one loop around the core.
+//!
+//! ```text
+//!      ┌──► ring: submit, wait ──► completions ──► events ──► core ──► actions ──┐
+//!      │       (one system call)    received, sent,                 device operations,
+//!      │                            device done, mailbox             replies, notices
+//!      └──────────────── sends, timers, the line for memory ◄────────────────────┘
+//! ```
+//!
+//! What must hold: the core's contract (`mirror::event`): one reply a request, one completion a device operation,
+//! `Tick` when a deadline is due. Everything here is on one thread; other threads reach it by the mailbox only.
+
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+
+use super::admin::{AdminWaiter, Stop};
+use super::client::Client;
+use super::device_io::ZEROES_BYTES;
+use super::devices::Devices;
+use super::handle::{EngineConfig, Mailbox, StopReport};
+use super::memory::Budget;
+use super::operation::Operation;
+use super::ring::{Completion, Ring};
+use super::send_batch::SendBatch;
+use super::slab::{Key, Slab};
+use crate::buffer::{BufferPool, SharedBuffer};
+use crate::mirror::Mirror;
+use crate::mirror::event::{
+    Action, AdminId, DeviceOutput, Event, Notice, NoticeLevel, OpId, RequestError, RequestId,
+};
+use crate::nbd::wire::NbdError;
+use crate::units::Nanos;
+
+/// Part of the memory budget that is kept for reuse when free.
+const KEEP_DIVISOR: u64 = 4;
+/// Completions handled between two looks at the clock.
+const CLOCK_EVERY: usize = 8;
+
+/// A client's request with the core.
+pub(super) struct Pending {
+    pub connection: Key,
+    pub cookie: u64,
+    /// What it is charged.
+    pub cost: u64,
+}
+
+/// Everything the thread owns.
+pub(super) struct DataPlane {
+    pub ring: Ring,
+    pub mirror: Mirror,
+    pub pool: BufferPool,
+    /// What is written where zeroing has no cheaper way.
+    pub zeroes: SharedBuffer,
+    pub devices: Devices,
+    pub clients: Slab<Client>,
+    pub requests: Slab<Pending>,
+    pub budget: Budget,
+    pub mailbox: Arc<Mailbox>,
+    pub now: Nanos,
+    /// Device operations that have ended and that the core has not heard of.
+    pub device_done: VecDeque<(OpId, Result<DeviceOutput, Errno>)>,
+    /// Connections that may have replies to send, or may read on.
+    pub touched: Vec<Key>,
+    /// Boxed as they go into operations, which stay small.
+    #[expect(clippy::vec_box, reason = "the boxes are what is reused")]
+    pub spare_batches: Vec<Box<SendBatch>>,
+    pub admin: HashMap<AdminId, AdminWaiter>,
+    pub admin_count: u64,
+    pub stop: Option<Stop>,
+    /// When idle and stalled connections are looked for next.
+    pub sweep_at: Option<Nanos>,
+    actions: Vec<Action>,
+    /// The core is being fed: what it asks for is done before the next event.
+    feeding: bool,
+    origin: Instant,
+    wake: Option<Key>,
+}
+
+impl DataPlane {
+    /// Takes everything over. On the thread that will run it.
+    pub(super) fn new(ring: Ring, config: EngineConfig, mailbox: Arc<Mailbox>) -> Self {
+        let EngineConfig { mut mirror, assembly, devices, memory_bytes_max } = config;
+        mirror.traits = devices.each_ref().map(|device| device.as_ref().map(|device| device.traits));
+        let keep = usize::try_from(memory_bytes_max / KEEP_DIVISOR).unwrap_or(usize::MAX);
+        let pool = BufferPool::new(keep);
+        let mut zeroes = BufferPool::new(0).take(ZEROES_BYTES);
+        zeroes.fill(0);
+        Self {
+            ring,
+            mirror: Mirror::new(mirror, assembly, pool.clone()),
+            pool,
+            zeroes: zeroes.share(),
+            devices: Devices::new(devices),
+            clients: Slab::new(),
+            requests: Slab::new(),
+            budget: Budget::new(memory_bytes_max),
+            mailbox,
+            now: Nanos(0),
+            device_done: VecDeque::new(),
+            touched: Vec::new(),
+            spare_batches: Vec::new(),
+            admin: HashMap::new(),
+            admin_count: 0,
+            stop: None,
+            sweep_at: None,
+            actions: Vec::new(),
+            feeding: false,
+            origin: Instant::now(),
+            wake: None,
+        }
+    }
+
+    /// Runs until it is stopped.
+    pub(super) fn run(mut self) -> StopReport {
+        self.listen_to_mailbox();
+        self.feed(Event::Tick);
+        let mut completions = Vec::new();
+        loop {
+            self.settle();
+            if let Some(report) = self.stop_step() {
+                return self.close(report);
+            }
+            let timeout = self.time_left();
+            self.ring.wait(timeout, &mut completions);
+            for (index, completion) in completions.drain(..).enumerate() {
+                if index % CLOCK_EVERY == 0 {
+                    self.look_at_clock();
+                }
+                self.completed(completion);
+            }
+            self.look_at_clock();
+            if self.mirror.next_deadline().is_some_and(|deadline| deadline <= self.now) {
+                self.feed(Event::Tick);
+            }
+            if self.sweep_at.is_some_and(|at| at <= self.now) {
+                self.sweep();
+            }
+        }
+    }
+
+    pub(super) fn look_at_clock(&mut self) {
+        // 64 bits of nanoseconds last for centuries.
+        self.now = Nanos(self.origin.elapsed().as_nanos() as u64);
+    }
+
+    /// How long there is nothing to do but wait; `None`: until something happens.
+    fn time_left(&self) -> Option<Duration> {
+        let stop_at = self.stop.as_ref().and_then(Stop::deadline);
+        let next = [self.mirror.next_deadline(), self.sweep_at, stop_at].into_iter().flatten().min()?;
+        Some(Duration::from_nanos(next.since(self.now)))
+    }
+
+    fn completed(&mut self, completion: Completion) {
+        let result = completion.result;
+        match completion.operation {
+            Operation::Device(io) => self.device_completed(io, result),
+            Operation::Receive(receive) => self.received(receive, result),
+            Operation::Send(batch) => self.sent(batch, result),
+            Operation::Wake { .. } => {
+                self.wake = None;
+                self.read_mailbox();
+                self.listen_to_mailbox();
+            }
+            Operation::Cancel { .. } => {}
+        }
+    }
+
+    fn listen_to_mailbox(&mut self) {
+        let fd = self.mailbox.eventfd.as_raw_fd();
+        self.wake = Some(self.ring.start(Operation::Wake { fd, value: Box::new(0) }));
+    }
+
+    /// Tells the core, and does what it asks for, until it asks for nothing more.
+    pub(super) fn feed(&mut self, event: Event) {
+        assert!(!self.feeding);
+        self.feeding = true;
+        let mut event = Some(event);
+        let mut actions = std::mem::take(&mut self.actions);
+        while let Some(this) = event {
+            self.mirror.handle(self.now, this, &mut actions);
+            for action in actions.drain(..) {
+                self.perform(action);
+            }
+            event = self.next_device_done();
+        }
+        self.actions = actions;
+        self.feeding = false;
+    }
+
+    /// Tells the core of the device operations that have ended.
+    pub(super) fn feed_device_done(&mut self) {
+        if let Some(event) = self.next_device_done() {
+            self.feed(event);
+        }
+    }
+
+    fn next_device_done(&mut self) -> Option<Event> {
+        self.device_done.pop_front().map(|(op, result)| Event::DeviceDone { op, result })
+    }
+
+    fn perform(&mut self, action: Action) {
+        match action {
+            Action::Device { op, slot, request } => self.begin_device_op(op, slot, request),
+            Action::Reply { id: RequestId(id), result } => {
+                let Some(pending) = self.requests.remove(Key::from_u64(id)) else {
+                    unreachable!("the core answers each request once")
+                };
+                let Pending { connection, cookie, cost } = pending;
+                let Some(client) = self.clients.get(connection) else {
+                    unreachable!("a connection is kept while it has requests")
+                };
+                let (status, payload) = match result {
+                    Ok(payload) => (Ok(()), payload),
+                    Err(error) => (Err(nbd_error(error)), None),
+                };
+                let header = client.session.encode_reply(cookie, status);
+                self.reply(connection, header, payload, cost);
+            }
+            Action::Attach { id, slot } => self.attach(id, slot),
+            Action::Detach { slot } => self.devices.detach(slot),
+            Action::AdminDone { id, result } => self.admin_done(id, result),
+            Action::Notice(notice) => log(&notice),
+        }
+    }
+
+    /// Ends: nothing of the clients or the core is under way.
+    fn close(mut self, report: StopReport) -> StopReport {
+        if let Some(target) = self.wake.take() {
+            self.ring.start(Operation::Cancel { target });
+        }
+        for key in self.clients.keys() {
+            self.break_off(key);
+        }
+        let mut completions = Vec::new();
+        loop {
+            for key in self.clients.keys() {
+                self.let_go_if_done(key);
+            }
+            if self.ring.in_flight() == 0 {
+                break;
+            }
+            self.ring.wait(None, &mut completions);
+            for completion in completions.drain(..) {
+                match completion.operation {
+                    Operation::Wake { .. } | Operation::Cancel { .. } => {}
+                    _ => self.completed(completion),
+                }
+            }
+        }
+        assert!(self.clients.len() == 0 && self.requests.len() == 0 && self.budget.used_bytes() == 0);
+        if let Some(stop) = self.stop.take() {
+            stop.announce(&report);
+        }
+        report
+    }
+}
+
+/// The protocol's word for the core's.
+fn nbd_error(error: RequestError) -> NbdError {
+    match error {
+        RequestError::Io => NbdError::Io,
+        RequestError::NoSpace => NbdError::NoSpc,
+        RequestError::ReadOnly => NbdError::Perm,
+        RequestError::Stopping => NbdError::Shutdown,
+    }
+}
+
+fn log(notice: &Notice) {
+    match notice.level {
+        NoticeLevel::Info => tracing::info!("{}", notice.text),
+        NoticeLevel::Warning => tracing::warn!("{}", notice.text),
+        NoticeLevel::Error => tracing::error!("{}", notice.text),
+    }
+}

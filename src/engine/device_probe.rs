@@ -1,0 +1,126 @@
+//! Finding out what a replica's backing can do, without changing a byte of it.
+
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
+use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
+use nix::unistd::{Whence, lseek};
+
+use super::device::DeviceKind;
+use crate::buffer::BufferPool;
+use crate::units::BLOCK_BYTES;
+
+/// Size of the backing, bytes.
+pub(super) fn size_bytes(mut file: &File, kind: DeviceKind) -> io::Result<u64> {
+    match kind {
+        DeviceKind::File => Ok(file.metadata()?.len()),
+        DeviceKind::BlockDevice => file.seek(SeekFrom::End(0)),
+    }
+}
+
+/// Turns on direct I/O where the backing has it with an alignment of at most 4096 bytes, for memory too.
+/// Gives that alignment, `None` where I/O stays buffered.
+pub(super) fn enable_direct(file: &File, kind: DeviceKind, device_bytes: u64) -> io::Result<Option<u32>> {
+    let flags = OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL)?);
+    // Non-blocking was for the opening only; it means something else to the ring.
+    let flags = flags & !OFlag::O_NONBLOCK;
+    if device_bytes >= BLOCK_BYTES && fcntl(file, FcntlArg::F_SETFL(flags | OFlag::O_DIRECT)).is_ok() {
+        let wanted = direct_align(file, kind);
+        let tried = wanted.filter(|align| direct_read_works(file, *align));
+        let align =
+            tried.or_else(|| direct_read_works(file, BLOCK_BYTES as u32).then_some(BLOCK_BYTES as u32));
+        if align.is_some() {
+            return Ok(align);
+        }
+    }
+    fcntl(file, FcntlArg::F_SETFL(flags & !OFlag::O_DIRECT))?;
+    // Fails here and now where the disk cannot be read at all.
+    let mut byte = [0];
+    file.read_at(&mut byte, 0)?;
+    Ok(None)
+}
+
+/// The alignment that direct I/O asks for: as the kernel says, or the block device's logical block, or the
+/// smallest that there is.
+fn direct_align(file: &File, kind: DeviceKind) -> Option<u32> {
+    let align = statx_direct_align(file)
+        .or_else(|| match kind {
+            DeviceKind::BlockDevice => queue_value(file, "logical_block_size").map(|bytes| bytes as u32),
+            DeviceKind::File => None,
+        })
+        .unwrap_or(512);
+    let align = align.max(512);
+    (align.is_power_of_two() && u64::from(align) <= BLOCK_BYTES).then_some(align)
+}
+
+/// `STATX_DIOALIGN` (Linux 6.1): the larger of the memory and the offset alignment.
+fn statx_direct_align(file: &File) -> Option<u32> {
+    let mut statx = std::mem::MaybeUninit::<libc::statx>::zeroed();
+    // SAFETY: the path is an empty C string, so the descriptor (open as long as `file`) is what is looked at;
+    // the kernel writes at most one `struct statx` to memory that is one.
+    let result = unsafe {
+        libc::statx(
+            file.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            libc::STATX_DIOALIGN,
+            statx.as_mut_ptr(),
+        )
+    };
+    // SAFETY: plain integers, all zero before the call: initialised whatever the kernel wrote.
+    let statx = unsafe { statx.assume_init() };
+    if result != 0 || statx.stx_mask & libc::STATX_DIOALIGN == 0 || statx.stx_dio_offset_align == 0 {
+        return None;
+    }
+    Some(statx.stx_dio_mem_align.max(statx.stx_dio_offset_align))
+}
+
+/// Reads a piece of that size and at that offset, the smallest that the alignment allows.
+fn direct_read_works(file: &File, align: u32) -> bool {
+    let mut buffer = BufferPool::new(0).take(align as usize);
+    let second = u64::from(align) % BLOCK_BYTES;
+    file.read_exact_at(&mut buffer[..align as usize], second).is_ok()
+}
+
+/// Whether zeroing without writing works. A file is asked by punching a hole behind its end, where nothing is.
+pub(super) fn cheap_zero(file: &File, kind: DeviceKind, bytes: u64) -> bool {
+    match kind {
+        DeviceKind::BlockDevice => queue_value(file, "write_zeroes_max_bytes").is_some_and(|max| max > 0),
+        DeviceKind::File => {
+            let behind = bytes.next_multiple_of(BLOCK_BYTES).saturating_add(BLOCK_BYTES);
+            let Ok(behind) = i64::try_from(behind) else { return false };
+            let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+            fallocate(file, mode, behind, BLOCK_BYTES as i64).is_ok()
+        }
+    }
+}
+
+/// Whether the file stands in memory.
+pub(super) fn is_tmpfs(file: &File) -> bool {
+    fstatfs(file).is_ok_and(|stat| stat.filesystem_type() == TMPFS_MAGIC)
+}
+
+/// Whether a file's range is known to be a hole.
+pub(super) fn is_hole(file: &File, offset: u64, len: u64) -> bool {
+    let (Ok(from), Some(end)) = (i64::try_from(offset), offset.checked_add(len)) else { return false };
+    match lseek(file, from, Whence::SeekData) {
+        Ok(data) => u64::try_from(data).is_ok_and(|data| data >= end),
+        // No data from here on. A range behind the end is not there, which is not the same as a hole.
+        Err(Errno::ENXIO) => file.metadata().is_ok_and(|metadata| end <= metadata.len()),
+        Err(_) => false,
+    }
+}
+
+/// A figure from the block device's queue in sysfs; partitions have their disk's.
+fn queue_value(file: &File, name: &str) -> Option<u64> {
+    let number = file.metadata().ok()?.rdev();
+    let (major, minor) = (libc::major(number), libc::minor(number));
+    ["queue", "../queue"].iter().find_map(|queue| {
+        let path = format!("/sys/dev/block/{major}:{minor}/{queue}/{name}");
+        std::fs::read_to_string(path).ok()?.trim().parse().ok()
+    })
+}

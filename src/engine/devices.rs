@@ -1,0 +1,123 @@
+//! The replicas' devices by slot, and the way of the core's operations to them.
+//!
+//! What must hold: a device is closed (detached) only when no operation on it is in flight, so a descriptor in an
+//! operation is always this device's.
+//!
+//! The kernel does no write to tmpfs without blocking, so io_uring hands each to a worker thread: a wake-up and a
+//! context switch for a copy of 4 KiB. On a file in memory small transfers and flushes are therefore done at once,
+//! by plain system calls: they never wait for a device.
+
+use nix::errno::Errno;
+
+use super::data_plane::DataPlane;
+use super::device::{DeviceKind, ReplicaDevice};
+use super::device_io::{DeviceIo, Step};
+use super::operation::Operation;
+use crate::mirror::event::{DeviceOp, DeviceOutput, OpId};
+use crate::units::{REPLICAS_MAX, ReplicaSlot};
+
+/// Largest transfer that is done at once on a file in memory, bytes.
+const AT_ONCE_BYTES_MAX: u64 = 64 << 10;
+
+/// A device in use.
+pub(super) struct Attached {
+    pub device: ReplicaDevice,
+    in_flight: u32,
+}
+
+/// The devices in use, by slot.
+pub(super) struct Devices {
+    slots: [Option<Attached>; REPLICAS_MAX],
+}
+
+impl Devices {
+    /// These devices in their slots.
+    pub(super) fn new(devices: [Option<ReplicaDevice>; REPLICAS_MAX]) -> Self {
+        Self { slots: devices.map(|device| device.map(|device| Attached { device, in_flight: 0 })) }
+    }
+
+    /// Puts a device into a free slot.
+    pub(super) fn attach(&mut self, slot: ReplicaSlot, device: ReplicaDevice) {
+        let place = &mut self.slots[slot.index()];
+        assert!(place.is_none());
+        *place = Some(Attached { device, in_flight: 0 });
+    }
+
+    /// Closes the device in a slot.
+    pub(super) fn detach(&mut self, slot: ReplicaSlot) {
+        let Some(attached) = self.slots[slot.index()].take() else {
+            unreachable!("the core detaches what is attached")
+        };
+        assert!(attached.in_flight == 0);
+    }
+
+    /// The device in a slot.
+    pub(super) fn get(&self, slot: ReplicaSlot) -> Option<&ReplicaDevice> {
+        self.slots[slot.index()].as_ref().map(|attached| &attached.device)
+    }
+
+    /// The devices, with their slots.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (ReplicaSlot, &ReplicaDevice)> {
+        ReplicaSlot::all().filter_map(|slot| self.get(slot).map(|device| (slot, device)))
+    }
+
+    fn attached(&mut self, slot: ReplicaSlot) -> &mut Attached {
+        match &mut self.slots[slot.index()] {
+            Some(attached) => attached,
+            None => unreachable!("the core uses attached devices only"),
+        }
+    }
+}
+
+impl DataPlane {
+    /// Begins an operation of the core.
+    pub(super) fn begin_device_op(&mut self, op: OpId, slot: ReplicaSlot, request: DeviceOp) {
+        let attached = self.devices.attached(slot);
+        if let DeviceOp::ProbeHole { offset, len } = request {
+            // Asks the filesystem's map, which is in memory as a rule.
+            let hole = attached.device.kind == DeviceKind::File && attached.device.is_hole(offset, len);
+            self.device_done.push_back((op, Ok(DeviceOutput::Hole(hole))));
+            return;
+        }
+        attached.in_flight += 1;
+        let target = (attached.device.raw_fd(), attached.device.traits.io_align);
+        let at_once = attached.device.in_memory;
+        let io = DeviceIo::new((op, slot), target, request, &self.zeroes);
+        if at_once && io.is_small(AT_ONCE_BYTES_MAX) {
+            self.run_device_io(io);
+        } else {
+            self.ring.start(Operation::Device(io));
+        }
+    }
+
+    fn run_device_io(&mut self, mut io: DeviceIo) {
+        loop {
+            let result = io.run_now();
+            match io.advance(result) {
+                Step::Again(rest) => io = rest,
+                Step::Ended(op, slot, result) => {
+                    self.look_at_clock(); // the core measures latencies
+                    return self.end_device_op(op, slot, result);
+                }
+            }
+        }
+    }
+
+    /// The ring has done a part of an operation.
+    pub(super) fn device_completed(&mut self, io: DeviceIo, result: i32) {
+        match io.advance(result) {
+            Step::Again(io) => {
+                self.ring.start(Operation::Device(io));
+            }
+            Step::Ended(op, slot, result) => {
+                self.end_device_op(op, slot, result);
+                self.feed_device_done();
+            }
+        }
+    }
+
+    fn end_device_op(&mut self, op: OpId, slot: ReplicaSlot, result: Result<DeviceOutput, Errno>) {
+        self.devices.attached(slot).in_flight -= 1;
+        self.device_done.push_back((op, result));
+    }
+}

@@ -1,0 +1,265 @@
+//! The engine as other threads see it: started, given connections and commands, asked for its status, stopped.
+//!
+//! What must hold: messages are dealt with in the order they were posted. A message posted to an engine that has
+//! ended is dropped: its answer's receiver gives an error, its descriptor is closed.
+
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::thread::JoinHandle;
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::signal::SigSet;
+use serde::{Deserialize, Serialize};
+use tokio::sync::oneshot;
+
+use super::availability::{self, UringUnavailable};
+use super::data_plane::DataPlane;
+use super::device::{DeviceKind, ReplicaDevice};
+use super::ring::Ring;
+use crate::format::{Assembly, Found};
+use crate::mirror::MirrorConfig;
+use crate::mirror::event::AdminError;
+use crate::mirror::status::Status;
+use crate::nbd::session::Session;
+use crate::units::{REPLICAS_MAX, ReplicaSlot};
+
+/// Default of [`EngineConfig::memory_bytes_max`].
+pub const MEMORY_BYTES_MAX_DEFAULT: u64 = 256 << 20;
+
+/// What an engine is made of.
+#[derive(Debug)]
+pub struct EngineConfig {
+    /// How the volume is run. Its `traits` are filled in from `devices`.
+    pub mirror: MirrorConfig,
+    /// The volume as assembled.
+    pub assembly: Assembly,
+    /// The replicas' devices, by slot.
+    pub devices: [Option<ReplicaDevice>; REPLICAS_MAX],
+    /// Payload bytes of requests that are being received, worked on or answered, at most (see `memory` for the
+    /// fine print); default [`MEMORY_BYTES_MAX_DEFAULT`].
+    pub memory_bytes_max: u64,
+}
+
+/// Why an engine cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// No io_uring.
+    #[error(transparent)]
+    Uring(#[from] UringUnavailable),
+    /// No thread, no eventfd.
+    #[error("cannot start the data plane: {0}. Check the limits on processes and open files (`ulimit -a`)")]
+    Start(#[from] std::io::Error),
+    /// The thread ended by a panic.
+    #[error("the data plane ended unexpectedly; this is a bug, please report it with the log")]
+    Ended,
+}
+
+/// A client's connection past its handshake.
+#[derive(Debug)]
+pub struct Connection {
+    /// The socket.
+    pub fd: OwnedFd,
+    /// What was negotiated.
+    pub session: Session,
+    /// Bytes received behind the handshake.
+    pub leftover: Vec<u8>,
+    /// Who it is, for the log.
+    pub peer: String,
+}
+
+/// What an operator asks for.
+#[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "a few in a volume's life")]
+pub enum AdminRequest {
+    /// Stop using a replica.
+    Fail(ReplicaSlot),
+    /// Forget a replica.
+    Remove(ReplicaSlot),
+    /// Take a replica in.
+    Add {
+        /// Opened for reading and writing.
+        device: ReplicaDevice,
+        /// What stands on it.
+        found: Option<Found>,
+        /// Take it in even where its content is another volume's, diverged or of unknown history.
+        force: bool,
+        /// A fresh random identity.
+        fresh_uuid: uuid::Uuid,
+    },
+}
+
+/// What the engine says of itself and its volume.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EngineStatus {
+    /// The volume.
+    pub volume: Status,
+    /// Client connections.
+    pub connections: usize,
+    /// Payload memory in use, bytes.
+    pub memory_bytes: u64,
+    /// How the replicas' devices are used, by slot; `None` where no device is open.
+    pub replicas: [Option<DeviceStatus>; REPLICAS_MAX],
+}
+
+/// How a replica's device is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceStatus {
+    /// Past the page cache.
+    pub direct: bool,
+    /// File or block device.
+    pub kind: DeviceKind,
+}
+
+/// How an engine ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StopReport {
+    /// The volume was marked clean: the next start needs no sync.
+    pub clean: bool,
+    /// What the core said.
+    pub message: String,
+}
+
+pub(super) type AdminAnswer = Result<String, AdminError>;
+
+/// What is posted to the engine.
+pub(super) enum Message {
+    Connect(Connection),
+    Admin(Box<AdminRequest>, oneshot::Sender<AdminAnswer>),
+    Status(oneshot::Sender<EngineStatus>),
+    Stop(oneshot::Sender<StopReport>),
+}
+
+/// Where messages wait for the engine's thread.
+pub(super) struct Mailbox {
+    /// `None` once the engine has ended.
+    messages: Mutex<Option<VecDeque<Message>>>,
+    /// Readable when there are messages.
+    pub eventfd: EventFd,
+}
+
+impl Mailbox {
+    fn post(&self, message: Message) {
+        let mut messages = self.messages.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(queue) = messages.as_mut() else { return };
+        queue.push_back(message);
+        drop(messages);
+        // Cannot fail: the counter is far from its end.
+        let _ = self.eventfd.write(1);
+    }
+
+    /// Takes all messages.
+    pub(super) fn take(&self) -> VecDeque<Message> {
+        let mut messages = self.messages.lock().unwrap_or_else(PoisonError::into_inner);
+        messages.as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    /// Takes no more messages, and drops those that wait.
+    fn close(&self) {
+        let dropped = self.messages.lock().unwrap_or_else(PoisonError::into_inner).take();
+        drop(dropped);
+    }
+}
+
+/// Closes the mailbox when the thread ends, however it ends.
+struct CloseOnDrop(Arc<Mailbox>);
+
+impl Drop for CloseOnDrop {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
+/// Gives an engine connections and commands, from any thread.
+#[derive(Clone)]
+pub struct EngineHandle {
+    mailbox: Arc<Mailbox>,
+}
+
+impl EngineHandle {
+    /// Hands a client over.
+    pub fn connect(&self, connection: Connection) {
+        self.mailbox.post(Message::Connect(connection));
+    }
+
+    /// Carries out an operator's command.
+    #[must_use]
+    pub fn admin(&self, request: AdminRequest) -> oneshot::Receiver<AdminAnswer> {
+        let (sender, receiver) = oneshot::channel();
+        self.mailbox.post(Message::Admin(Box::new(request), sender));
+        receiver
+    }
+
+    /// Asks how things are.
+    #[must_use]
+    pub fn status(&self) -> oneshot::Receiver<EngineStatus> {
+        let (sender, receiver) = oneshot::channel();
+        self.mailbox.post(Message::Status(sender));
+        receiver
+    }
+
+    /// Stops in order: no request is read any more, those in flight are answered, replies are sent (a client that
+    /// does not take them within `SEND_NS_MAX` loses them), the volume is flushed and marked clean, connections
+    /// are closed. The answer comes when that is done. May be asked more than once.
+    #[must_use]
+    pub fn stop(&self) -> oneshot::Receiver<StopReport> {
+        let (sender, receiver) = oneshot::channel();
+        self.mailbox.post(Message::Stop(sender));
+        receiver
+    }
+}
+
+impl std::fmt::Debug for EngineHandle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("EngineHandle")
+    }
+}
+
+/// A running engine.
+#[derive(Debug)]
+pub struct Engine {
+    /// The way to it.
+    pub handle: EngineHandle,
+    thread: JoinHandle<StopReport>,
+}
+
+impl Engine {
+    /// Waits for the engine's end; ask for it with [`EngineHandle::stop`].
+    ///
+    /// # Errors
+    /// Where the thread panicked.
+    pub fn join(self) -> Result<StopReport, EngineError> {
+        self.thread.join().map_err(|_| EngineError::Ended)
+    }
+}
+
+/// Starts an engine on a thread of its own; returns when its ring is set up.
+///
+/// # Errors
+/// Where io_uring, or a thread, is not to be had.
+pub fn start(config: EngineConfig) -> Result<Engine, EngineError> {
+    availability::check_io_uring()?;
+    let eventfd = EventFd::from_flags(EfdFlags::EFD_CLOEXEC).map_err(std::io::Error::from)?;
+    let mailbox = Arc::new(Mailbox { messages: Mutex::new(Some(VecDeque::new())), eventfd });
+    let handle = EngineHandle { mailbox: Arc::clone(&mailbox) };
+    let (ready, started) = mpsc::channel();
+    let thread = std::thread::Builder::new().name("nbdmirror-data".to_owned()).spawn(move || {
+        let mailbox_closer = CloseOnDrop(Arc::clone(&mailbox));
+        // Signals are the main thread's business.
+        let _ = SigSet::all().thread_block();
+        let ring = match Ring::new() {
+            Ok(ring) => ring,
+            Err(error) => {
+                let _ = ready.send(Err(availability::explain(&error)));
+                return StopReport { clean: false, message: "it was never started".to_owned() };
+            }
+        };
+        let data_plane = DataPlane::new(ring, config, mailbox);
+        let _ = ready.send(Ok(()));
+        let report = data_plane.run();
+        drop(mailbox_closer);
+        report
+    })?;
+    started.recv().map_err(|_| EngineError::Ended)??;
+    Ok(Engine { handle, thread })
+}

@@ -1,0 +1,149 @@
+//! Receiving from clients: as much as there is in one operation, large payloads straight into their place.
+
+use std::os::fd::RawFd;
+
+use io_uring::opcode;
+use io_uring::squeue::Entry;
+use io_uring::types::Fd;
+use nix::errno::Errno;
+
+use super::client::{Incoming, Next};
+use super::data_plane::DataPlane;
+use super::operation::Operation;
+use super::slab::Key;
+use crate::buffer::Buffer;
+use crate::mirror::event::{Event, RequestId};
+use crate::units::SECOND_NS;
+
+/// Receive buffer of a connection that is idle or moves large payloads, bytes.
+pub(super) const BUFFER_BYTES_MIN: usize = 4 << 10;
+/// Receive buffer of a busy connection, bytes.
+pub(super) const BUFFER_BYTES_MAX: usize = 256 << 10;
+/// How much a buffer that was filled grows.
+const BUFFER_GROWTH: usize = 8;
+/// From here on the rest of a payload is received into its place, without a copy.
+pub(super) const DIRECT_BYTES: usize = 64 << 10;
+/// Received straight into place at a time, so that a slow peer shows progress.
+const DIRECT_BYTES_MAX: usize = 1 << 20;
+/// After this long without a byte a connection gives its large buffer back, nanoseconds.
+pub(super) const IDLE_NS: u64 = 2 * SECOND_NS;
+
+/// Bytes being received.
+pub(super) struct Receive {
+    /// From whom.
+    pub connection: Key,
+    pub fd: RawFd,
+    /// Where to.
+    pub into: Into,
+}
+
+/// Where bytes are received to.
+pub(super) enum Into {
+    /// Behind the first `filled` bytes of a buffer.
+    Buffer { buffer: Buffer, filled: usize },
+    /// To the end of a payload.
+    Payload(Incoming),
+}
+
+impl Receive {
+    /// The entry. Points into the buffer or the payload.
+    pub(super) fn entry(&mut self) -> Entry {
+        let (to, flags) = match &mut self.into {
+            Into::Buffer { buffer, filled } => (&mut buffer[*filled..], 0),
+            Into::Payload(incoming) => {
+                let rest = &mut incoming.payload.bytes_mut()[incoming.filled..];
+                let count = rest.len().min(DIRECT_BYTES_MAX);
+                (&mut rest[..count], libc::MSG_WAITALL)
+            }
+        };
+        opcode::Recv::new(Fd(self.fd), to.as_mut_ptr(), to.len() as u32).flags(flags).build()
+    }
+}
+
+impl DataPlane {
+    /// Bytes have come from a client, or the end of its stream, or an error.
+    pub(super) fn received(&mut self, receive: Receive, result: i32) {
+        let key = receive.connection;
+        let Some(client) = self.clients.get_mut(key) else { unreachable!("kept while it is receiving") };
+        client.receiving = None;
+        let count = result.max(0) as usize;
+        match receive.into {
+            Into::Buffer { buffer, filled } => {
+                let capacity = buffer.len();
+                client.took_buffer(buffer, filled + count);
+                if filled + count == capacity {
+                    client.buffer_bytes =
+                        (capacity * BUFFER_GROWTH).clamp(BUFFER_BYTES_MIN, BUFFER_BYTES_MAX);
+                    self.sweep_within(IDLE_NS);
+                }
+            }
+            Into::Payload(mut incoming) => {
+                incoming.filled += count;
+                client.took_payload(incoming);
+            }
+        }
+        let Some(client) = self.clients.get_mut(key) else { return };
+        if count > 0 {
+            client.moved_at = self.now;
+        } else {
+            match Errno::from_raw(-result) {
+                Errno::EINTR | Errno::EAGAIN => {}
+                // By the idle sweep: a small buffer does.
+                Errno::ECANCELED => client.buffer_bytes = BUFFER_BYTES_MIN,
+                // 0 is the end of the stream: what has been asked is still answered.
+                errno if result == 0 || client.shut => {
+                    tracing::debug!("{}: end of stream ({errno})", client.peer);
+                    self.end_reading(key);
+                }
+                errno => {
+                    tracing::info!("{}: connection lost: {}", client.peer, errno.desc());
+                    self.break_off(key);
+                }
+            }
+        }
+        self.parse(key, false);
+    }
+
+    /// Deals with everything that has been received and may be begun; then receives more where that is the way on.
+    /// `at_front`: the connection has just come out of the budget's line, and may have one request.
+    pub(super) fn parse(&mut self, key: Key, at_front: bool) {
+        let mut at_front = at_front;
+        loop {
+            let Some(client) = self.clients.get_mut(key) else { return };
+            if client.in_line || self.stop.is_some() {
+                return self.let_go_if_done(key);
+            }
+            let budget = &mut self.budget;
+            let next = client.next(&self.pool, |held, cost| budget.admit(held, cost, at_front));
+            match next {
+                Next::Request { cookie, request, cost } => {
+                    at_front = false;
+                    let pending = super::data_plane::Pending { connection: key, cookie, cost };
+                    let id = RequestId(self.requests.insert(pending).to_u64());
+                    self.feed(Event::Request { id, request });
+                }
+                Next::Refused { cookie, error } => {
+                    let header = client.session.encode_reply(cookie, Err(error));
+                    self.reply(key, header, None, 0);
+                }
+                Next::OwnShareFull => return,
+                Next::Wait => {
+                    client.in_line = true;
+                    self.budget.stand_in_line(key, at_front);
+                    return;
+                }
+                Next::More => {
+                    if let Some(receive) = client.receive(key, &self.pool) {
+                        client.receiving = Some(self.ring.start(Operation::Receive(receive)));
+                    }
+                    return self.let_go_if_done(key);
+                }
+                Next::Ended(why) => {
+                    if let Some(why) = why {
+                        tracing::warn!("{}: closing the connection: {why}", client.peer);
+                    }
+                }
+            }
+        }
+    }
+}

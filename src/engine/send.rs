@@ -1,0 +1,200 @@
+//! Replies go out; connections are looked after and let go.
+//!
+//! What must hold: one send a connection is in flight at a time, so replies never mix. A broken connection drops its
+//! replies; its requests with the core are carried to their end all the same.
+
+use nix::sys::socket::{Shutdown, shutdown};
+
+use super::data_plane::DataPlane;
+use super::memory::STALL_NS;
+use super::operation::Operation;
+use super::receive::{BUFFER_BYTES_MIN, IDLE_NS};
+use super::send_batch::{Outgoing, SendBatch, SendStep};
+use super::slab::Key;
+use crate::buffer::Payload;
+use crate::units::SECOND_NS;
+
+/// Batches kept for reuse.
+const SPARE_BATCHES_MAX: usize = 64;
+/// How often stalled connections are looked for while somebody waits for memory, nanoseconds.
+const STALL_SWEEP_NS: u64 = SECOND_NS;
+
+impl DataPlane {
+    /// Puts a reply in line; it goes out at the end of the turn.
+    pub(super) fn reply(&mut self, key: Key, header: [u8; 16], payload: Option<Payload>, cost: u64) {
+        let Some(client) = self.clients.get_mut(key) else { unreachable!("kept while it has requests") };
+        if client.broken {
+            drop(payload);
+            self.answered(key, 1, cost);
+        } else {
+            client.outgoing.push_back(Outgoing { header, payload, cost });
+            self.touch(key);
+        }
+    }
+
+    /// Looks after the connection at the end of the turn.
+    pub(super) fn touch(&mut self, key: Key) {
+        if self.touched.last() != Some(&key) {
+            self.touched.push(key);
+        }
+    }
+
+    /// `replies` have been sent or dropped.
+    fn answered(&mut self, key: Key, replies: u32, cost: u64) {
+        let Some(client) = self.clients.get_mut(key) else { unreachable!("kept while it has requests") };
+        client.unanswered -= replies;
+        client.held_bytes -= cost;
+        self.budget.release(cost);
+        self.touch(key);
+    }
+
+    /// The end of a turn: starts sends, lets connections read on that can, lets the line for memory move.
+    pub(super) fn settle(&mut self) {
+        loop {
+            while let Some(key) = self.touched.pop() {
+                self.start_send(key);
+                if self.clients.get(key).is_some_and(|client| client.receiving.is_none()) {
+                    self.parse(key, false);
+                }
+            }
+            if !self.budget.is_waited_for() || !self.move_line() {
+                break;
+            }
+        }
+        if self.budget.is_waited_for() {
+            self.sweep_within(STALL_SWEEP_NS);
+        }
+    }
+
+    /// Has `sweep` called within so many nanoseconds.
+    pub(super) fn sweep_within(&mut self, ns: u64) {
+        let at = self.now.plus(ns);
+        self.sweep_at = Some(self.sweep_at.map_or(at, |before| before.min(at)));
+    }
+
+    /// Lets the first of the line have a request. `false` where there is no room for it yet.
+    fn move_line(&mut self) -> bool {
+        let Some(key) = self.budget.next_in_line() else { return false };
+        let Some(client) = self.clients.get_mut(key) else { return true };
+        client.in_line = false;
+        let used_before = self.budget.used_bytes();
+        self.parse(key, true);
+        self.budget.used_bytes() != used_before || self.clients.get(key).is_none_or(|client| !client.in_line)
+    }
+
+    fn start_send(&mut self, key: Key) {
+        let Some(client) = self.clients.get_mut(key) else { return };
+        if client.sending || client.outgoing.is_empty() {
+            return;
+        }
+        let fd = client.raw_fd();
+        let mut batch = match self.spare_batches.pop() {
+            Some(mut batch) => {
+                batch.reset(key, fd);
+                batch
+            }
+            None => SendBatch::new(key, fd),
+        };
+        batch.fill(&mut client.outgoing);
+        client.sending = true;
+        client.moved_at = self.now;
+        self.ring.start(Operation::Send(batch));
+    }
+
+    /// The kernel has taken some of a batch, or the connection is gone.
+    pub(super) fn sent(&mut self, mut batch: Box<SendBatch>, result: i32) {
+        let key = batch.connection;
+        let Some(client) = self.clients.get_mut(key) else { unreachable!("kept while it is sending") };
+        let step = batch.advance(result);
+        match step {
+            SendStep::Again if !client.broken => {
+                client.moved_at = self.now;
+                self.ring.start(Operation::Send(batch));
+                return;
+            }
+            SendStep::Again | SendStep::Sent => client.sending = false,
+            SendStep::Failed(errno) => {
+                client.sending = false;
+                if !client.broken {
+                    tracing::debug!("{}: cannot send: {}", client.peer, errno.desc());
+                }
+                self.break_off(key);
+            }
+        }
+        let (replies, cost) = (batch.replies, batch.cost);
+        batch.reset(key, -1);
+        if self.spare_batches.len() < SPARE_BATCHES_MAX {
+            self.spare_batches.push(batch);
+        }
+        self.answered(key, replies, cost);
+    }
+
+    /// Reads no more requests from a connection; what it asked for is still done and answered.
+    pub(super) fn end_reading(&mut self, key: Key) {
+        let Some(client) = self.clients.get_mut(key) else { return };
+        let cost = client.end_reading();
+        self.budget.release(cost);
+        self.touch(key);
+    }
+
+    /// Gives a connection up: no more requests, no more replies. Its requests with the core go on.
+    pub(super) fn break_off(&mut self, key: Key) {
+        self.end_reading(key);
+        let Some(client) = self.clients.get_mut(key) else { return };
+        client.broken = true;
+        if !client.shut {
+            client.shut = true;
+            // Ends what is in flight on it. Fails where the peer has gone already.
+            let _ = shutdown(client.raw_fd(), Shutdown::Both);
+        }
+        let dropped = std::mem::take(&mut client.outgoing);
+        let cost = dropped.iter().map(|reply| reply.cost).sum();
+        self.answered(key, dropped.len() as u32, cost);
+    }
+
+    /// Closes a connection that reads no more and has everything behind it.
+    pub(super) fn let_go_if_done(&mut self, key: Key) {
+        let Some(client) = self.clients.get_mut(key) else { return };
+        if client.is_reading() || client.unanswered > 0 || client.sending {
+            return;
+        }
+        assert!(client.held_bytes == 0 && client.outgoing.is_empty());
+        if client.receiving.is_some() {
+            self.break_off(key); // ends the receive; its completion comes here again
+            return;
+        }
+        tracing::debug!("{}: connection closed", client.peer);
+        self.clients.remove(key);
+    }
+
+    /// Takes large buffers back from idle connections, and memory from stalled ones where others wait for it.
+    pub(super) fn sweep(&mut self) {
+        self.sweep_at = None;
+        let mut large_buffers = false;
+        let wanted = self.budget.is_waited_for();
+        for key in self.clients.keys() {
+            let Some(client) = self.clients.get(key) else { continue };
+            large_buffers |= client.buffer_bytes > BUFFER_BYTES_MIN;
+            let still_ns = self.now.since(client.moved_at);
+            let peer_owes = client.sending || (client.receiving.is_some() && client.is_inside_payload());
+            if wanted && peer_owes && client.held_bytes > 0 && still_ns >= STALL_NS {
+                tracing::warn!(
+                    "{}: closing the connection: it has moved no byte for {} s and holds {} bytes that others wait for",
+                    client.peer,
+                    still_ns / SECOND_NS,
+                    client.held_bytes
+                );
+                self.break_off(key);
+            } else if let Some(target) = client.receiving
+                && client.buffer_bytes > BUFFER_BYTES_MIN
+                && !client.is_inside_payload()
+                && still_ns >= IDLE_NS
+            {
+                self.ring.start(Operation::Cancel { target });
+            }
+        }
+        if large_buffers {
+            self.sweep_within(IDLE_NS);
+        }
+    }
+}

@@ -1,0 +1,423 @@
+//! The engine on real files, spoken to by sockets in the transmission phase: what a client can see.
+
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use nbdmirror::engine::{
+    self, Access, AdminRequest, Connection, Engine, EngineConfig, MEMORY_BYTES_MAX_DEFAULT, ReplicaDevice,
+    StopReport,
+};
+use nbdmirror::format::assemble::{AssembleOptions, assemble};
+use nbdmirror::format::create::{NewReplica, NewVolume, new_volume};
+use nbdmirror::format::read::read_found;
+use nbdmirror::mirror::MirrorConfig;
+use nbdmirror::nbd::export::Export;
+use nbdmirror::nbd::session::Session;
+use nbdmirror::units::{REPLICAS_MAX, Regions, ReplicaSet, ReplicaSlot};
+use uuid::Uuid;
+
+const VOLUME_BYTES: u64 = 64 << 20;
+const READ: u16 = 0;
+const WRITE: u16 = 1;
+const DISC: u16 = 2;
+const FLUSH: u16 = 3;
+const TRIM: u16 = 4;
+const WRITE_ZEROES: u16 = 6;
+const FUA: u16 = 1;
+const NO_HOLE: u16 = 2;
+
+struct World {
+    dir: tempfile::TempDir,
+    engine: Engine,
+    export: Arc<Export>,
+}
+
+fn open_replica(dir: &Path, name: &str) -> ReplicaDevice {
+    let path = dir.join(name);
+    if !path.exists() {
+        std::fs::File::create(&path).unwrap().set_len(VOLUME_BYTES + (1 << 20)).unwrap();
+    }
+    ReplicaDevice::open(&path, Access::ReadWrite).unwrap()
+}
+
+impl World {
+    fn new(memory_bytes_max: u64) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let devices = ["a", "b"].map(|name| open_replica(dir.path(), name));
+        let new_replica = |device: &ReplicaDevice| NewReplica {
+            uuid: Uuid::new_v4(),
+            path: device.path.display().to_string(),
+            device_bytes: device.traits.device_bytes,
+        };
+        let created = new_volume(NewVolume {
+            name: "test".to_owned(),
+            regions: Regions { volume_bytes: VOLUME_BYTES, region_bytes: 64 << 10 },
+            now_unix_ns: 1,
+            volume_uuid: Uuid::new_v4(),
+            generation: Uuid::new_v4(),
+            replicas: devices.iter().map(new_replica).collect(),
+            in_sync: true,
+        })
+        .unwrap();
+        for (index, device) in devices.iter().enumerate() {
+            for (offset, bytes) in created.writes(index) {
+                device.write_at(offset, &bytes).unwrap();
+            }
+            device.sync().unwrap();
+        }
+        Self::start(dir, devices, memory_bytes_max)
+    }
+
+    fn start(dir: tempfile::TempDir, devices: [ReplicaDevice; 2], memory_bytes_max: u64) -> Self {
+        let found = devices.each_ref().map(|device| {
+            let read = &mut |offset, bytes: &mut [u8]| device.read_at(offset, bytes);
+            read_found(&device.path.display().to_string(), device.traits.device_bytes, read).unwrap().unwrap()
+        });
+        let mut by_slot: [Option<ReplicaDevice>; REPLICAS_MAX] = Default::default();
+        for (device, found) in devices.into_iter().zip(&found) {
+            by_slot[found.superblock.slot.index()] = Some(device);
+        }
+        let mirror = MirrorConfig {
+            read_only: false,
+            write_mostly: ReplicaSet::EMPTY,
+            traits: Default::default(),
+            entropy: Uuid::new_v4().as_u128(),
+            wall_clock_origin_ns: 2,
+            intent_idle_ns: 5_000_000_000,
+            resync_jobs_max: 4,
+        };
+        let assembly = assemble(&found, AssembleOptions::default()).unwrap();
+        let config = EngineConfig { mirror, assembly, devices: by_slot, memory_bytes_max };
+        let export = Export {
+            name: "test".to_owned(),
+            description: String::new(),
+            size_bytes: VOLUME_BYTES,
+            read_only: false,
+        };
+        Self { dir, engine: engine::start(config).unwrap(), export: Arc::new(export) }
+    }
+
+    fn connect_with(&self, leftover: Vec<u8>) -> Client {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        ours.set_write_timeout(Some(Duration::from_secs(30))).unwrap();
+        let session = Session::new(Arc::clone(&self.export));
+        let connection = Connection { fd: theirs.into(), session, leftover, peer: "test".to_owned() };
+        self.engine.handle.connect(connection);
+        Client { stream: ours }
+    }
+
+    fn connect(&self) -> Client {
+        self.connect_with(Vec::new())
+    }
+
+    fn connections(&self) -> usize {
+        self.engine.handle.status().blocking_recv().unwrap().connections
+    }
+
+    fn wait_for_connections(&self, count: usize) {
+        for _ in 0..2000 {
+            if self.connections() == count {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        panic!("{} connections, not {count}", self.connections());
+    }
+
+    /// Stops and gives both replicas' data back: they must be equal.
+    fn stop(self) -> (tempfile::TempDir, StopReport, Vec<u8>) {
+        let told = self.engine.handle.stop();
+        let report = self.engine.join().unwrap();
+        assert_eq!(told.blocking_recv().unwrap(), report);
+        let data = |name: &str| {
+            let mut bytes = std::fs::read(self.dir.path().join(name)).unwrap();
+            bytes.truncate(VOLUME_BYTES as usize);
+            bytes
+        };
+        let (a, b) = (data("a"), data("b"));
+        assert!(a == b, "the replicas differ");
+        (self.dir, report, a)
+    }
+}
+
+struct Client {
+    stream: UnixStream,
+}
+
+fn header(kind: u16, flags: u16, cookie: u64, offset: u64, len: u32) -> [u8; 28] {
+    let mut bytes = [0; 28];
+    bytes[..4].copy_from_slice(&0x2560_9513_u32.to_be_bytes());
+    bytes[4..6].copy_from_slice(&flags.to_be_bytes());
+    bytes[6..8].copy_from_slice(&kind.to_be_bytes());
+    bytes[8..16].copy_from_slice(&cookie.to_be_bytes());
+    bytes[16..24].copy_from_slice(&offset.to_be_bytes());
+    bytes[24..].copy_from_slice(&len.to_be_bytes());
+    bytes
+}
+
+impl Client {
+    fn send(&mut self, kind: u16, flags: u16, cookie: u64, offset: u64, len: u32, payload: &[u8]) {
+        let mut bytes = header(kind, flags, cookie, offset, len).to_vec();
+        bytes.extend_from_slice(payload);
+        self.stream.write_all(&bytes).unwrap();
+    }
+
+    /// A reply's cookie and error.
+    fn reply(&mut self) -> (u64, u32) {
+        let mut bytes = [0; 16];
+        self.stream.read_exact(&mut bytes).unwrap();
+        assert_eq!(bytes[..4], 0x6744_6698_u32.to_be_bytes());
+        let error = u32::from_be_bytes(bytes[4..8].try_into().unwrap());
+        (u64::from_be_bytes(bytes[8..].try_into().unwrap()), error)
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        self.send(WRITE, 0, offset, offset, data.len() as u32, data);
+        assert_eq!(self.reply(), (offset, 0));
+    }
+
+    fn read(&mut self, offset: u64, len: usize) -> Vec<u8> {
+        self.send(READ, 0, !offset, offset, len as u32, &[]);
+        assert_eq!(self.reply(), (!offset, 0));
+        self.payload(len)
+    }
+
+    fn payload(&mut self, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.stream.read_exact(&mut bytes).unwrap();
+        bytes
+    }
+
+    fn do_simple(&mut self, kind: u16, flags: u16, offset: u64, len: u32) {
+        self.send(kind, flags, 77, offset, len, &[]);
+        assert_eq!(self.reply(), (77, 0));
+    }
+
+    fn expect_end(&mut self) {
+        let mut byte = [0];
+        match self.stream.read(&mut byte) {
+            Ok(0) => {}
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => {}
+            other => panic!("not closed: {other:?}"),
+        }
+    }
+}
+
+/// Bytes that tell their place and their maker.
+fn pattern(len: usize, seed: u64) -> Vec<u8> {
+    (0..len as u64).map(|i| ((i * 31 + (i >> 8) * 7 + seed * 131) % 251) as u8).collect()
+}
+
+#[test]
+fn every_command_works_at_every_size() {
+    let world = World::new(MEMORY_BYTES_MAX_DEFAULT);
+    let mut client = world.connect();
+    let mut expected = vec![0; VOLUME_BYTES as usize];
+    let sizes = [1, 511, 512, 4096, 4097, 65_536, 65_537, 262_144, 1 << 20, (1 << 20) + 13, 32 << 20];
+    for (index, len) in sizes.into_iter().enumerate() {
+        let offset = if len == 32 << 20 { 32 << 20 } else { index * (2 << 20) + index % 3 * 1000 };
+        let data = pattern(len, index as u64);
+        client.write(offset as u64, &data);
+        expected[offset..offset + len].copy_from_slice(&data);
+        assert!(client.read(offset as u64, len) == data, "{len} bytes");
+    }
+    client.do_simple(WRITE_ZEROES, 0, 4 << 20, 1 << 20);
+    client.do_simple(WRITE_ZEROES, NO_HOLE | FUA, (40 << 20) + 5, 70_000);
+    expected[4 << 20..5 << 20].fill(0);
+    expected[(40 << 20) + 5..(40 << 20) + 70_005].fill(0);
+    client.do_simple(TRIM, 0, 60 << 20, 4 << 20);
+    client.do_simple(FLUSH, 0, 0, 0);
+    client.send(WRITE, FUA, 5, 100, 3, b"fua");
+    assert_eq!(client.reply(), (5, 0));
+    expected[100..103].copy_from_slice(b"fua");
+    for kind in [READ, WRITE, TRIM, WRITE_ZEROES] {
+        client.do_simple(kind, 0, VOLUME_BYTES, 0);
+    }
+    assert!(client.read(0, 32 << 20) == expected[..32 << 20]);
+    client.send(DISC, 0, 0, 0, 0, &[]);
+    client.expect_end();
+    let (_dir, report, data) = world.stop();
+    assert!(report.clean, "{}", report.message);
+    assert!(data[..60 << 20] == expected[..60 << 20]);
+}
+
+#[test]
+fn refused_requests_are_skipped_and_the_stream_stays_in_step() {
+    let world = World::new(MEMORY_BYTES_MAX_DEFAULT);
+    let mut client = world.connect();
+    let data = pattern(300_000, 1);
+    let mut bytes = Vec::new();
+    bytes.extend_from_slice(&header(WRITE, 0, 1, VOLUME_BYTES - 1, 300_000));
+    bytes.extend_from_slice(&data);
+    bytes.extend_from_slice(&header(99, 0, 2, 0, 0));
+    bytes.extend_from_slice(&header(READ, 0x8000, 3, 0, 10));
+    bytes.extend_from_slice(&header(WRITE, 0, 4, 0, 3));
+    bytes.extend_from_slice(b"abc");
+    bytes.extend_from_slice(&header(READ, 0, 5, VOLUME_BYTES, 1));
+    client.stream.write_all(&bytes).unwrap();
+    let mut replies: Vec<_> = (0..5).map(|_| client.reply()).collect();
+    replies.sort_unstable();
+    assert_eq!(replies, [(1, 28), (2, 22), (3, 22), (4, 0), (5, 22)]);
+    assert_eq!(client.read(0, 3), b"abc");
+    world.stop();
+}
+
+#[test]
+fn bytes_may_come_in_any_pieces() {
+    let world = World::new(MEMORY_BYTES_MAX_DEFAULT);
+    let mut stream = Vec::new();
+    for cookie in 0..8 {
+        stream.extend_from_slice(&header(WRITE, 0, cookie, cookie * 8192, 777));
+        stream.extend_from_slice(&pattern(777, cookie));
+    }
+    for piece in [1, 27, 28, 29, 500] {
+        let mut client = world.connect_with(stream[..piece].to_vec());
+        for bytes in stream[piece..].chunks(piece) {
+            client.stream.write_all(bytes).unwrap();
+            if piece < 100 {
+                std::thread::sleep(Duration::from_micros(10));
+            }
+        }
+        let mut cookies: Vec<_> = (0..8).map(|_| client.reply()).collect();
+        cookies.sort_unstable();
+        assert_eq!(cookies, (0..8).map(|cookie| (cookie, 0)).collect::<Vec<_>>());
+        assert!(client.read(3 * 8192, 777) == pattern(777, 3));
+    }
+    world.stop();
+}
+
+#[test]
+fn more_requests_than_are_taken_at_once_are_all_answered_once() {
+    let world = World::new(MEMORY_BYTES_MAX_DEFAULT);
+    let mut client = world.connect();
+    for block in 0..256 {
+        client.write(block * 4096, &pattern(4096, block));
+    }
+    let count = 5000_u64;
+    let mut sender = Client { stream: client.stream.try_clone().unwrap() };
+    let thread = std::thread::spawn(move || {
+        for cookie in 0..count {
+            sender.send(READ, 0, cookie, cookie % 256 * 4096, 4096, &[]);
+        }
+    });
+    std::thread::sleep(Duration::from_millis(100)); // replies pile up
+    let mut seen = vec![false; count as usize];
+    for _ in 0..count {
+        let (cookie, error) = client.reply();
+        assert_eq!(error, 0);
+        assert!(!std::mem::replace(&mut seen[cookie as usize], true));
+        assert!(client.payload(4096) == pattern(4096, cookie % 256));
+    }
+    thread.join().unwrap();
+    world.stop();
+}
+
+#[test]
+fn a_bad_client_costs_its_own_connection() {
+    let world = World::new(MEMORY_BYTES_MAX_DEFAULT);
+    let mut good = world.connect();
+    let mut garbage = world.connect();
+    garbage.stream.write_all(&[0x55; 1000]).unwrap();
+    garbage.expect_end();
+    // Vanishes with writes in flight and one half sent: whole ones are carried out.
+    let mut gone = world.connect();
+    for block in 0..32 {
+        gone.send(WRITE, 0, block, (1 << 20) + block * 4096, 4096, &pattern(4096, block));
+    }
+    gone.send(WRITE, 0, 99, 2 << 20, 100_000, &[1; 1000]);
+    drop(gone);
+    // Says no more, but wants its replies.
+    let mut half = world.connect();
+    for cookie in 0..16 {
+        half.send(READ, 0, cookie, 0, 4096, &[]);
+    }
+    half.stream.shutdown(std::net::Shutdown::Write).unwrap();
+    for _ in 0..16 {
+        assert_eq!(half.reply().1, 0);
+        half.payload(4096);
+    }
+    half.expect_end();
+    world.wait_for_connections(1);
+    for block in 0..32 {
+        assert!(good.read((1 << 20) + block * 4096, 4096) == pattern(4096, block));
+    }
+    assert!(good.read(2 << 20, 100_000).iter().all(|byte| *byte == 0));
+    world.stop();
+}
+
+#[test]
+fn clients_that_stall_leave_room_for_others() {
+    let world = World::new(64 << 20);
+    let mut stalled = Vec::new();
+    for _ in 0..4 {
+        // Half a large write.
+        let mut client = world.connect();
+        client.send(WRITE, 0, 1, 0, 32 << 20, &[9; 70_000]);
+        stalled.push(client);
+        // Replies that nobody reads.
+        let mut client = world.connect();
+        for cookie in 0..64 {
+            client.send(READ, 0, cookie, 0, 1 << 20, &[]);
+        }
+        stalled.push(client);
+    }
+    std::thread::sleep(Duration::from_millis(200));
+    let mut client = world.connect();
+    for block in 0..100 {
+        client.write(block * 4096, &pattern(4096, block));
+        assert!(client.read(block * 4096, 4096) == pattern(4096, block));
+    }
+    // A large one waits until the stalled ones have been given up (10 s).
+    let data = pattern(8 << 20, 3);
+    client.write(8 << 20, &data);
+    assert!(client.read(8 << 20, 8 << 20) == data);
+    let memory_bytes = world.engine.handle.status().blocking_recv().unwrap().memory_bytes;
+    assert!(memory_bytes < 100 << 20, "{memory_bytes} bytes");
+    drop(stalled);
+    world.wait_for_connections(1);
+    world.stop();
+}
+
+#[test]
+fn a_stop_answers_what_is_in_flight_and_leaves_a_clean_volume() {
+    let world = World::new(MEMORY_BYTES_MAX_DEFAULT);
+    let mut client = world.connect();
+    let mut silent = world.connect();
+    for block in 0..64 {
+        client.send(WRITE, 0, block, block * 4096, 4096, &pattern(4096, block));
+    }
+    for block in 0..64 {
+        assert_eq!(client.reply().1, 0, "{block}");
+    }
+    let handle = world.engine.handle.clone();
+    let (dir, report, data) = world.stop();
+    assert!(report.clean, "{}", report.message);
+    client.expect_end();
+    silent.expect_end();
+    assert!(data[63 * 4096..64 * 4096] == pattern(4096, 63));
+    // Nobody is there any more: answers end, connections are closed.
+    handle.status().blocking_recv().unwrap_err();
+    handle.stop().blocking_recv().unwrap_err();
+    let devices = ["b", "a"].map(|name| open_replica(dir.path(), name));
+    let world = World::start(dir, devices, MEMORY_BYTES_MAX_DEFAULT);
+    let mut client = world.connect();
+    assert!(client.read(0, 4096) == pattern(4096, 0));
+    let status = world.engine.handle.status().blocking_recv().unwrap();
+    assert_eq!(status.volume.unclean_bytes_at_start, 0);
+    assert_eq!(status.replicas.iter().flatten().count(), 2);
+    world.stop();
+}
+
+#[test]
+fn a_device_is_taken_in_once() {
+    let world = World::new(MEMORY_BYTES_MAX_DEFAULT);
+    let path: PathBuf = world.dir.path().join("a");
+    ReplicaDevice::open(&path, Access::ReadWrite).unwrap_err();
+    let refused = world.engine.handle.admin(AdminRequest::Fail(ReplicaSlot::new(7)));
+    assert!(refused.blocking_recv().unwrap().is_err());
+    world.stop();
+}
