@@ -253,8 +253,9 @@ impl Daemon {
     pub(crate) fn status(&self) -> Status {
         let args = ["status".as_ref(), "--json".as_ref(), "--control".as_ref(), self.control.as_os_str()];
         let text = nbdmirror(args).ok();
-        let json: serde_json::Value = serde_json::from_str(&text).expect("status --json prints JSON");
-        serde_json::from_value(json).unwrap_or_else(|error| panic!("{error}: not a status: {text}"))
+        let mut json: serde_json::Value = serde_json::from_str(&text).expect("status --json prints JSON");
+        serde_json::from_value(json["volume"].take())
+            .unwrap_or_else(|error| panic!("{error}: not a status: {text}"))
     }
 
     /// The status of the replica whose file has this name.
