@@ -8,7 +8,7 @@
 //! ```
 
 use super::add::Preparing;
-use super::event::{Action, AdminCommand, AdminError, AdminId, Candidate, RequestId};
+use super::event::{Action, AdminCommand, AdminError, AdminId, Candidate, RequestError, RequestId};
 use super::flush::FlushOwner;
 use super::ops::OpOwner;
 use super::{Mirror, Work};
@@ -75,7 +75,12 @@ impl Mirror {
             AdminCommand::Fail(slot) => self.admin_fail(id, slot),
             AdminCommand::Add(candidate) => self.admin_add(id, candidate),
             AdminCommand::Remove(slot) => self.admin_remove(id, slot),
-            AdminCommand::Stop => self.admin.stop = Some((id, StopStage::Draining)),
+            AdminCommand::Stop => {
+                self.admin.stop = Some((id, StopStage::Draining));
+                for (id, _) in std::mem::take(&mut self.early) {
+                    self.reply(id, Err(RequestError::Stopping));
+                }
+            }
         }
     }
 
@@ -168,6 +173,7 @@ impl Mirror {
     fn pump_stop(&mut self) {
         let Some((id, stage)) = self.admin.stop else { return };
         let next = match stage {
+            StopStage::Draining if !self.open && self.broken => StopStage::Stopped(false),
             StopStage::Draining if !self.open || !self.drained() => return,
             StopStage::Draining if self.config.read_only => StopStage::Stopped(true),
             StopStage::Draining => {
@@ -182,7 +188,7 @@ impl Mirror {
                 StopStage::Superblock
             }
             StopStage::Superblock if self.settled() => StopStage::Stopped(self.meta.clean),
-            _ if self.broken => StopStage::Stopped(false),
+            _ if self.broken || self.pages.failing => StopStage::Stopped(false),
             _ => return,
         };
         self.admin.stop = Some((id, next));
