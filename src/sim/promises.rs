@@ -80,7 +80,9 @@ impl World {
                 if after.maps.stale[slot.index()][region] && before.maps.stale[slot.index()][region] {
                     return violated(
                         "promise_4_clean_means_clean",
-                        format!("disk {index}: intent of region {region} cleared; slot {slot} missed a write"),
+                        format!(
+                            "disk {index}: intent of region {region} cleared; slot {slot} missed a write"
+                        ),
                     );
                 }
             }
@@ -134,7 +136,10 @@ impl World {
         for slot in members.difference(in_sync).iter() {
             let recorded = survivors.iter().any(|disk| self.records_absence(*disk, slot, pending));
             if !recorded {
-                return violated(name, format!("write {id} answered; that slot {slot} missed it is not recorded"));
+                return violated(
+                    name,
+                    format!("write {id} answered; that slot {slot} missed it is not recorded"),
+                );
             }
         }
         Ok(())
@@ -283,7 +288,11 @@ impl World {
         if !pending.fua || pending.asked == Asked::Trim || pending.range.is_empty() {
             return Ok(());
         }
-        match self.in_sync_disks().into_iter().find(|disk| self.disks[*disk].disk.has_unflushed(pending.range)) {
+        match self
+            .in_sync_disks()
+            .into_iter()
+            .find(|disk| self.disks[*disk].disk.has_unflushed(pending.range))
+        {
             None => Ok(()),
             Some(disk) => violated(
                 "promise_9_fua_is_durable",
