@@ -92,6 +92,8 @@ pub enum AdminRequest {
 /// What the engine says of itself and its volume.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct EngineStatus {
+    /// Requests and commands are taken: the opening superblock commits are durable.
+    pub open: bool,
     /// The volume.
     pub volume: Status,
     /// Client connections.
