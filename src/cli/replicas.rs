@@ -7,6 +7,7 @@ use super::open::Opened;
 use crate::control::failure::Failure;
 use crate::engine::device::ReplicaDevice;
 use crate::format::Found;
+use crate::format::describe::shell_word;
 use crate::format::read::ReadError;
 
 /// Replicas with a volume on them. The two lists run in parallel.
@@ -21,6 +22,7 @@ pub(super) struct Gathered {
 pub(super) fn gather(opened: Vec<Opened>, degraded: bool) -> Result<Gathered, Failure> {
     let mut gathered = Gathered { found: Vec::new(), devices: Vec::new() };
     let mut left_out = None;
+    let without = command_without_the_absent(&opened);
     for replica in opened {
         let path = replica.path_text();
         let failure = match (replica.device, replica.content) {
@@ -34,8 +36,12 @@ pub(super) fn gather(opened: Vec<Opened>, degraded: bool) -> Result<Gathered, Fa
                 return Err(Failure::new(error.to_string()));
             }
             (Some(_), Err(error)) => Failure::new(error.to_string()),
-            (None, _) => Failure::new(format!("{path}: there is no such file or device"))
-                .hint("check the path; if the replica is gone for now, serve the others with --degraded"),
+            (None, _) => {
+                Failure::new(format!("{path}: there is no such file or device")).hint(match &without {
+                    Some(command) => format!("check the path; if the replica is gone for now: {command}"),
+                    None => "check the path; `serve --create SIZE` makes a volume".to_owned(),
+                })
+            }
         };
         if !degraded {
             return Err(failure);
@@ -52,6 +58,13 @@ pub(super) fn gather(opened: Vec<Opened>, degraded: bool) -> Result<Gathered, Fa
 /// The replicas of a volume just made.
 pub(super) fn require_all(opened: Vec<Opened>) -> Result<Gathered, Failure> {
     gather(opened, false)
+}
+
+/// The command that serves the replicas that are there; `None` if there are none.
+fn command_without_the_absent(opened: &[Opened]) -> Option<String> {
+    let there = opened.iter().filter(|replica| matches!(replica.content, Ok(Some(_))));
+    let words: Vec<String> = there.map(|replica| shell_word(&replica.path_text())).collect();
+    (!words.is_empty()).then(|| format!("nbdmirror serve --degraded {}", words.join(" ")))
 }
 
 fn holds_nothing(path: &str, degraded: bool) -> Failure {

@@ -23,7 +23,7 @@ use super::target::volume_name;
 use super::{Outcome, banner, print};
 use crate::control::failure::Failure;
 use crate::control::listen::{ListenAddress, Listener, UnixSocket, bind};
-use crate::control::runtime_dir::{CONTROL_SUFFIX, NBD_SUFFIX, prepare_runtime_dir};
+use crate::control::runtime_dir::{CONTROL_SUFFIX, NBD_SUFFIX, check_volume_name, prepare_runtime_dir};
 use crate::control::{self, ControlConfig};
 use crate::engine::availability::check_io_uring;
 use crate::engine::device::{Access, ReplicaDevice};
@@ -118,8 +118,9 @@ impl Serve {
         match self.creation(opened)? {
             Creation::Planned(plan) => {
                 let sockets = self.bind(&plan.name)?;
-                print(&plan.describe())?;
+                let described = plan.describe();
                 plan.carry_out()?;
+                print(&described)?;
                 let gathered = require_all(self.open(&paths)?)?;
                 let assembly = self.assemble(&gathered)?;
                 self.start(gathered, assembly, sockets, &write_mostly)
@@ -202,6 +203,9 @@ impl Serve {
 
     fn bind(&self, volume_name: &str) -> Result<Sockets, Failure> {
         let name = self.name.as_deref().unwrap_or(volume_name);
+        // It may come from a disk, and becomes part of a path.
+        check_volume_name(name)
+            .map_err(|what| Failure::new(what).hint("give the volume another name with --name"))?;
         let needs_folder = self.listen.is_empty() || self.control.is_none();
         let folder = if needs_folder { prepare_runtime_dir()? } else { PathBuf::new() };
         let control = match &self.control {

@@ -121,7 +121,7 @@ pub fn pretty(bytes: u64) -> String {
     let unit = letter.to_ascii_uppercase();
     let whole = bytes >> shift;
     // Tenths, cut and not rounded: a resync that is not done never reads as done.
-    let tenths = (u128::from(bytes) * 10 >> shift) % 10;
+    let tenths = ((u128::from(bytes) * 10) >> shift) % 10;
     if tenths == 0 || whole >= 100 {
         format!("{whole} {unit}iB")
     } else {

@@ -202,7 +202,10 @@ impl Desk {
         let open = self.open_replica;
         std::thread::Builder::new()
             .name("add-replica".to_owned())
-            .spawn(move || sender.send(open(Path::new(&path), force)))
+            .spawn(move || {
+                // Whoever asked may have left; then the device is closed again.
+                let _ = sender.send(open(Path::new(&path), force));
+            })
             .map_err(|error| Failure::new(format!("cannot start a thread: {error}")))?;
         let opened = receiver.await.map_err(|_| Failure::new("the thread that opens the replica ended"))?;
         let (device, found) = opened?;

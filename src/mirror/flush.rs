@@ -33,6 +33,8 @@ pub(super) enum FlushOwner {
     Job(Key),
     /// An orderly stop.
     Stop,
+    /// The opening.
+    Open,
 }
 
 struct Ticket {
@@ -177,6 +179,7 @@ impl Mirror {
             FlushOwner::Sweep => self.sweep_flushed(ok),
             FlushOwner::Job(task) => self.job_flushed(task, flushed),
             FlushOwner::Stop => self.stop_flushed(ok),
+            FlushOwner::Open => self.opening_flushed(),
         }
     }
 }

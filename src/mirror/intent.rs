@@ -20,6 +20,7 @@ use smallvec::SmallVec;
 
 use super::event::{DeviceOp, NoticeLevel, RequestError};
 use super::flush::FlushOwner;
+use super::open::OpeningFlush;
 use super::ops::OpOwner;
 use super::slab::Key;
 use super::{Mirror, Work};
@@ -297,6 +298,9 @@ impl Mirror {
 
     /// Issues the commits that are due.
     pub(super) fn pump_pages(&mut self) {
+        if self.opening_flush != OpeningFlush::Done {
+            return;
+        }
         if self.pages.lazy_at.is_some_and(|at| at <= self.now) {
             self.pages.lazy_at = None;
             self.hurry_pages();
@@ -389,6 +393,10 @@ impl Mirror {
         } else if self.pages.pages[index].dirty {
             let urgent = self.pages.pages[index].settle || !self.pages.pages[index].owed.is_empty();
             self.touch_page(index, urgent);
+        } else {
+            // They came while the commit was in flight that had their bits already.
+            let waiters = std::mem::take(&mut self.pages.pages[index].waiters);
+            self.work.extend(waiters.into_iter().map(Work::IntentDurable));
         }
     }
 

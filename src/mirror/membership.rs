@@ -5,15 +5,15 @@
 //! - promise 6: the last in-sync replica is never failed;
 //! - one superblock commit at a time; each is a new event count on every active replica, written to the slot
 //!   that the event count chooses, so that the one before stays whole. A commit that *no* in-sync replica took
-//!   is tried again with the same event count, so that it never reaches the other slot;
-//! - whenever a replica that was recorded as in sync leaves, the generation changes.
+//!   is tried again with an event count two higher, so that it never reaches the other slot;
+//! - whenever an active replica leaves, the generation changes.
 //!
 //! ```text
 //!            change                     issue                      all targets done
 //!  settled ─────────► commit wanted ─────────────► in flight ─────────────────────────► settled (release acks)
 //!                          ▲   a target failed: fail it (a change)    │
 //!                          ├──────────────────────────────────────────┤
-//!                          └── no in-sync replica took it: broken, again after a second (same event count)
+//!                          └── no in-sync replica took it: broken, again after a second (same slot)
 //! ```
 
 use nix::errno::Errno;
@@ -21,6 +21,7 @@ use smallvec::SmallVec;
 use uuid::Uuid;
 
 use super::event::{DeviceOp, NoticeLevel};
+use super::open::OpeningFlush;
 use super::ops::OpOwner;
 use super::resync::JobEnd;
 use super::slab::Key;
@@ -42,8 +43,6 @@ pub(super) struct Commit {
     failed: SmallVec<[(ReplicaSlot, Errno); 2]>,
     /// Resyncing replicas that count as in sync once this is durable.
     joining: ReplicaSet,
-    /// Member event counts before this commit, for those that do not take it.
-    events_before: [u64; REPLICAS_MAX],
 }
 
 /// The superblock: what is due on it.
@@ -100,8 +99,6 @@ impl Mirror {
         if self.in_sync == ReplicaSet::only(slot) && !planted(Bug::FailTheLast) {
             return false;
         }
-        let joining = self.meta.commit.as_ref().is_some_and(|commit| commit.joining.contains(slot));
-        let was_in_sync = self.in_sync.contains(slot) || joining;
         if let Some(commit) = &mut self.meta.commit {
             commit.joining.remove(slot);
         }
@@ -115,9 +112,7 @@ impl Mirror {
         replica.reason = Some(reason);
         replica.closing = true;
         self.mark_dirty_regions_stale(slot);
-        if was_in_sync {
-            self.begin_generation();
-        }
+        self.begin_generation();
         self.meta.dirty = true;
         self.abandon_ops(slot);
         self.refresh_alignment();
@@ -177,7 +172,7 @@ impl Mirror {
 
     /// Issues a superblock commit where one is due.
     pub(super) fn pump_superblock(&mut self) {
-        if self.meta.commit.is_some() || self.config.read_only {
+        if self.meta.commit.is_some() || self.config.read_only || self.opening_flush != OpeningFlush::Done {
             return;
         }
         if self.meta.retry_at.is_some_and(|at| at > self.now) {
@@ -191,15 +186,12 @@ impl Mirror {
         self.meta.dirty = false;
         let event_count = self.head.event_count + 1;
         let targets = self.active();
-        let mut events_before = [0; REPLICAS_MAX];
-        for slot in self.members().iter() {
-            events_before[slot.index()] = self.replica(slot).member.event_count;
-            if targets.contains(slot) {
-                self.replica_mut(slot).member.event_count = event_count;
-            }
-            if joining.contains(slot) {
-                self.replica_mut(slot).member.state = MemberState::InSync;
-            }
+        for slot in targets.iter() {
+            // The last commit *sent* to it: it may have arrived even if it fails.
+            self.replica_mut(slot).member.event_count = event_count;
+        }
+        for slot in joining.iter() {
+            self.replica_mut(slot).member.state = MemberState::InSync;
         }
         self.meta.commit = Some(Commit {
             event_count,
@@ -207,7 +199,6 @@ impl Mirror {
             ok: ReplicaSet::EMPTY,
             failed: SmallVec::new(),
             joining,
-            events_before,
         });
         for slot in targets.iter() {
             self.write_superblock(slot, event_count);
@@ -254,13 +245,10 @@ impl Mirror {
 
     fn superblock_committed(&mut self) {
         let Some(commit) = self.meta.commit.take() else { unreachable!("it has just ended") };
-        for (slot, _) in &commit.failed {
-            if let Some(replica) = self.replicas[slot.index()].as_mut() {
-                replica.member.event_count = commit.events_before[slot.index()];
-            }
-        }
         if commit.ok.intersection(self.in_sync).is_empty() {
-            // Tried again with the same event count: the same slot, so the superblock before stays whole.
+            // Tried again under a new event count (one count has one content) that falls on the same slot, so
+            // that the superblock before stays whole.
+            self.head.event_count = commit.event_count + 1;
             for slot in commit.joining.iter() {
                 self.replica_mut(slot).member.state = MemberState::Resyncing;
             }

@@ -22,6 +22,7 @@
 //!                                                  broken (writes fail, clean regions are read) ──recorded──► open
 //! ```
 
+mod add;
 mod admin;
 pub mod event;
 mod flush;
@@ -54,6 +55,7 @@ use event::{Action, DeviceTraits, Event, Notice, NoticeLevel, Request, RequestEr
 use flush::Flushes;
 use intent::{Pages, Sweep};
 use membership::Meta;
+use open::OpeningFlush;
 use ops::{Op, OpOwner};
 use overlap::{LockId, OverlapTable};
 use read::ReadTask;
@@ -167,6 +169,8 @@ pub struct Mirror {
     broken: bool,
     /// Requests are taken.
     open: bool,
+    /// The flush that comes before everything else.
+    opening_flush: OpeningFlush,
     /// Superblock commits until it opens.
     opening_commits: u32,
     /// Requests that came before it was open.
@@ -180,6 +184,8 @@ impl Mirror {
     pub fn handle(&mut self, now: Nanos, event: Event, out: &mut Vec<Action>) {
         assert!(now >= self.now, "time goes forward");
         self.now = now;
+        // What `new` had to say comes first.
+        out.append(&mut self.out);
         std::mem::swap(&mut self.out, out);
         match event {
             Event::Request { id, request } => self.request(id, request),
@@ -300,10 +306,11 @@ impl Mirror {
     #[must_use]
     pub fn next_deadline(&self) -> Option<Nanos> {
         let sweep = match self.sweep {
-            Sweep::Idle(at) => at,
-            Sweep::Flushing(_) => None,
+            Sweep::Idle(at) if self.open => at,
+            Sweep::Idle(_) | Sweep::Flushing(_) => None,
         };
-        [self.pages.deadline(), sweep, self.meta.retry_at, self.resync.deadline()].into_iter().flatten().min()
+        let resync = if self.open && !self.stopping() { self.resync.deadline() } else { None };
+        [self.pages.deadline(), sweep, self.meta.retry_at, resync].into_iter().flatten().min()
     }
 
     /// Whether requests are taken. Requests sent before are queued.

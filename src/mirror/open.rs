@@ -1,6 +1,8 @@
 //! Opening: from an assembly to a volume that takes requests.
 //!
-//! What must hold: before the first data write, (1) every page with a bit set is the same on every active
+//! What must hold: before anything is written, what was read at start is on stable storage: after a kill it may
+//! stand in a cache only, and a superblock written beside one that a power cut takes away would be the last one
+//! lost, too. Before the first data write, (1) every page with a bit set is the same on every active
 //! replica, (2) *two* superblock commits are durable, so that a copy of a replica taken before is at least two
 //! events behind and is never taken for current, (3) members that are not there are recorded as such.
 
@@ -8,7 +10,7 @@ use std::collections::VecDeque;
 
 use super::admin::AdminState;
 use super::event::NoticeLevel;
-use super::flush::Flushes;
+use super::flush::{FlushOwner, Flushes};
 use super::intent::{Pages, Sweep};
 use super::membership::Meta;
 use super::overlap::OverlapTable;
@@ -27,6 +29,14 @@ use crate::units::{Nanos, REPLICAS_MAX, ReplicaSet, ReplicaSlot};
 
 /// Superblock commits before a volume opens for writing.
 const OPENING_COMMITS: u32 = 2;
+
+/// Where the flush that opening begins with is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum OpeningFlush {
+    Due,
+    UnderWay,
+    Done,
+}
 
 impl Mirror {
     /// A volume as assembled. `handle` must be called once with `Event::Tick` to start it.
@@ -78,6 +88,7 @@ impl Mirror {
             held_flushes: Vec::new(),
             broken: false,
             open: config.read_only,
+            opening_flush: if config.read_only { OpeningFlush::Done } else { OpeningFlush::Due },
             opening_commits: OPENING_COMMITS,
             early: VecDeque::new(),
             unclean_bytes_at_start: 0,
@@ -106,7 +117,7 @@ impl Mirror {
             // A dirty region is stale on everybody who will not take part.
             self.widen_stale(slot, Some(&intent));
             let member = &mut self.replica_mut(slot).member;
-            if member.state == MemberState::InSync {
+            if matches!(member.state, MemberState::InSync | MemberState::Resyncing) {
                 member.state = MemberState::Stale;
                 shrunk = true;
             }
@@ -142,9 +153,22 @@ impl Mirror {
         }
     }
 
+    /// What was read at start is durable, or (every flush failed) as durable as it can be.
+    pub(super) fn opening_flushed(&mut self) {
+        self.opening_flush = OpeningFlush::Done;
+        self.work.push_back(super::Work::Pump);
+    }
+
     /// Opens when everything is recorded.
     pub(super) fn pump_opening(&mut self) {
-        if self.open || !self.settled() {
+        if self.open {
+            return;
+        }
+        if self.opening_flush == OpeningFlush::Due {
+            self.opening_flush = OpeningFlush::UnderWay;
+            self.request_flush(self.active(), FlushOwner::Open);
+        }
+        if self.opening_flush == OpeningFlush::UnderWay || !self.settled() {
             return;
         }
         self.opening_commits -= 1;

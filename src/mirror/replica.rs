@@ -75,6 +75,12 @@ impl Mirror {
         self.members().difference(self.active())
     }
 
+    /// The replicas in sync, those resyncing, and all members: `status` in short.
+    #[must_use]
+    pub fn replica_sets(&self) -> (ReplicaSet, ReplicaSet, ReplicaSet) {
+        (self.in_sync, self.resyncing, self.members())
+    }
+
     /// Every slot that has a member.
     pub(super) fn members(&self) -> ReplicaSet {
         ReplicaSlot::all()

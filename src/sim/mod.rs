@@ -1,1 +1,20 @@
 //! The simulator: seeded worlds in which the core must keep its promises.
+//!
+//! - `rng`, `plan`: chance, and what it decides for a seed.
+//! - `disk`: a disk with a volatile cache. `oracle`: what a read may return.
+//! - `world`: the event loop; `device`, `client`, `faults`, `boot`: what happens in it.
+//! - `promises`: one check a promise. `run`: a seed from create to stop.
+//!
+//! A new fault is one place (`faults.rs`, with its rate in `plan.rs`), a new promise is one place (`promises.rs`).
+
+pub mod boot;
+pub mod client;
+pub mod device;
+pub mod disk;
+pub mod faults;
+pub mod oracle;
+pub mod plan;
+pub mod promises;
+pub mod rng;
+pub mod run;
+pub mod world;

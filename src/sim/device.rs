@@ -1,0 +1,254 @@
+//! Device operations: submitted by the core, applied to the simulated disk at some moment, answered later.
+//!
+//! ```text
+//!  submit ──(latency)──► apply: reads see, writes land, flushes settle ──(latency)──► complete: the core is told
+//!    └── promises 1 and 3 are checked here        └── faults decide here
+//! ```
+
+use nix::errno::Errno;
+
+use crate::buffer::Buffer;
+use crate::mirror::event::{DeviceOp, DeviceOutput, Event, OpId};
+use crate::units::{BLOCK_BYTES, ByteRange, ReplicaSlot, SECOND_NS};
+
+use super::disk::{FlushMark, WriteSeq};
+use super::world::{Checked, OpKey, Wake, World, op_key, violated};
+
+/// What the operation does, with what it needs.
+pub enum Kind {
+    /// Read into the buffer.
+    Read(Option<Buffer>),
+    /// Write these bytes.
+    Write {
+        /// A copy of the payload at submission: it must not change afterwards.
+        data: Vec<u8>,
+        /// The payload itself, kept until completion as the kernel would.
+        payload: crate::buffer::Payload,
+        /// On stable storage when complete.
+        durable: bool,
+        /// Names it on the disk.
+        seq: WriteSeq,
+    },
+    /// Zeroes.
+    Zero(WriteSeq),
+    /// Flush what this covers.
+    Flush(FlushMark),
+    /// Look for a hole.
+    ProbeHole,
+}
+
+/// A device operation in flight.
+pub struct Op {
+    /// On which replica.
+    pub slot: ReplicaSlot,
+    /// On which disk.
+    pub disk: usize,
+    /// Which bytes (empty for a flush).
+    pub range: ByteRange,
+    /// What.
+    pub kind: Kind,
+    /// Its result, once it took effect.
+    pub result: Option<Result<bool, Errno>>,
+}
+
+impl Op {
+    /// Whether it writes.
+    #[must_use]
+    pub fn writes(&self) -> bool {
+        matches!(self.kind, Kind::Write { .. } | Kind::Zero(_))
+    }
+
+    fn name(&self) -> String {
+        let (at, len) = (self.range.offset, self.range.len);
+        match &self.kind {
+            Kind::Read(_) => format!("read {at}+{len}"),
+            Kind::Write { durable, .. } => format!("write {at}+{len}{}", if *durable { " durable" } else { "" }),
+            Kind::Zero(_) => format!("zero {at}+{len}"),
+            Kind::Flush(_) => "flush".to_owned(),
+            Kind::ProbeHole => format!("probe {at}+{len}"),
+        }
+    }
+}
+
+/// How a write that is cut short lands.
+#[derive(Clone, Copy)]
+enum Landing {
+    Whole,
+    Nothing,
+    Torn,
+}
+
+impl World {
+    /// The core submits an operation.
+    pub(super) fn submit(&mut self, id: OpId, slot: ReplicaSlot, request: DeviceOp) -> Checked {
+        let Some(disk) = self.disk_of(slot) else {
+            return violated("protocol", format!("operation on slot {slot}, which is not attached"));
+        };
+        self.counts.device_ops += 1;
+        let op = self.make_op(slot, disk, request);
+        self.trace(|| format!("op {} on slot {slot} (disk {disk}): {}", id.0, op.name()));
+        self.check_geometry(&op)?;
+        self.promise_3_one_order(&op)?;
+        self.promise_1_intent_before_data(&op)?;
+        let Some(daemon) = &mut self.daemon else { return Ok(()) };
+        let life = daemon.life;
+        if daemon.ops.insert(op_key(id), op).is_some() {
+            return violated("protocol", format!("op {} is in flight already", id.0));
+        }
+        let (first, second) = self.latencies(disk);
+        self.wake_in(first, Wake::Apply(life, op_key(id)));
+        self.wake_in(first + second, Wake::Complete(life, op_key(id)));
+        Ok(())
+    }
+
+    fn make_op(&mut self, slot: ReplicaSlot, disk: usize, request: DeviceOp) -> Op {
+        let target = &mut self.disks[disk].disk;
+        let (range, kind) = match request {
+            DeviceOp::Read { offset, len, buffer } => {
+                (ByteRange::new(offset.0, len), Kind::Read(Some(buffer)))
+            }
+            DeviceOp::Write { offset, data, durable } => {
+                let seq = target.begin_write();
+                let bytes = data.bytes().to_vec();
+                let range = ByteRange::new(offset.0, bytes.len() as u64);
+                (range, Kind::Write { data: bytes, payload: data, durable, seq })
+            }
+            DeviceOp::Zero { offset, len, .. } => {
+                (ByteRange::new(offset.0, len), Kind::Zero(target.begin_write()))
+            }
+            DeviceOp::Flush => (ByteRange::new(0, 0), Kind::Flush(target.flush_mark())),
+            DeviceOp::ProbeHole { offset, len } => (ByteRange::new(offset.0, len), Kind::ProbeHole),
+        };
+        Op { slot, disk, range, kind, result: None }
+    }
+
+    fn check_geometry(&self, op: &Op) -> Checked {
+        let align = match op.kind {
+            Kind::Read(_) | Kind::Write { .. } => u64::from(self.disks[op.disk].traits.io_align),
+            Kind::Zero(_) => BLOCK_BYTES,
+            Kind::Flush(_) | Kind::ProbeHole => return Ok(()),
+        };
+        let fits = op.range.end() <= self.disks[op.disk].disk.bytes() && !op.range.is_empty();
+        if !op.range.is_aligned(align) || !fits {
+            return violated("protocol", format!("{} is not aligned to {align} or does not fit", op.name()));
+        }
+        Ok(())
+    }
+
+    fn latencies(&mut self, disk: usize) -> (u64, u64) {
+        let base = self.plan.latency_ns * self.disks[disk].slow_factor;
+        let rng = &mut self.rng;
+        let (first, mut second) = (rng.between(1, base), rng.between(1, base));
+        if rng.per_mille(10) {
+            second += base * rng.between(1, 20);
+        }
+        if self.chaos && self.victim == Some(disk) && self.rng.per_mille(self.plan.faults.hang) {
+            second += self.rng.between(SECOND_NS / 10, 5 * SECOND_NS);
+        }
+        (first, second)
+    }
+
+    /// An operation takes effect.
+    pub(super) fn apply_op(&mut self, key: OpKey) {
+        let Some(mut op) = self.daemon.as_mut().and_then(|daemon| daemon.ops.remove(&key)) else { return };
+        let result = match self.fault_for(&op) {
+            Some(errno) => {
+                self.counts.faults += 1;
+                self.fail_op(&mut op, errno);
+                Err(errno)
+            }
+            None => Ok(self.do_op(&mut op)),
+        };
+        op.result = Some(result);
+        if let Some(daemon) = &mut self.daemon {
+            daemon.ops.insert(key, op);
+        }
+    }
+
+    fn do_op(&mut self, op: &mut Op) -> bool {
+        let disk = &mut self.disks[op.disk].disk;
+        match &mut op.kind {
+            Kind::Read(buffer) => {
+                if let Some(buffer) = buffer {
+                    disk.read(op.range.offset, &mut buffer[..op.range.len as usize]);
+                }
+            }
+            Kind::Write { data, durable, seq, .. } => {
+                disk.apply(*seq, op.range.offset, data, |_| true);
+                if *durable {
+                    disk.make_durable(*seq);
+                }
+            }
+            Kind::Zero(seq) => disk.apply_zero(*seq, op.range, |_| true),
+            Kind::Flush(mark) => disk.flush(mark),
+            Kind::ProbeHole => return disk.is_hole(op.range) && self.rng.per_mille(900),
+        }
+        false
+    }
+
+    fn fail_op(&mut self, op: &mut Op, errno: Errno) {
+        let partly = errno == Errno::EIO || errno == Errno::ENOSPC;
+        let landing =
+            if partly { self.rng.pick(&[Landing::Nothing, Landing::Torn]) } else { Landing::Nothing };
+        if let Kind::Flush(mark) = &op.kind {
+            if errno == Errno::EIO && self.plan.faults.flush_loses {
+                let lone = self.in_sync_disks().iter().all(|disk| *disk == op.disk);
+                self.disks[op.disk].disk.lose_cache(mark);
+                if lone || !self.plan.within_model {
+                    self.oracle.cache_lost();
+                }
+            }
+        } else {
+            self.land(op, landing);
+        }
+    }
+
+    fn land(&mut self, op: &mut Op, landing: Landing) {
+        let disk = &mut self.disks[op.disk].disk;
+        let rng = &mut self.rng;
+        let mut keep = |_| match landing {
+            Landing::Whole => true,
+            Landing::Nothing => false,
+            Landing::Torn => rng.coin(),
+        };
+        match &op.kind {
+            Kind::Write { data, seq, .. } => disk.apply(*seq, op.range.offset, data, &mut keep),
+            Kind::Zero(seq) => disk.apply_zero(*seq, op.range, &mut keep),
+            Kind::Read(_) | Kind::Flush(_) | Kind::ProbeHole => {}
+        }
+    }
+
+    /// The daemon died while this was in flight: it may have happened, wholly or in part.
+    pub(super) fn interrupt(&mut self, mut op: Op) {
+        if op.result.is_some() || self.disks[op.disk].gone {
+            return;
+        }
+        let landing = self.rng.pick(&[Landing::Nothing, Landing::Whole, Landing::Torn]);
+        self.land(&mut op, landing);
+    }
+
+    /// An operation is answered.
+    pub(super) fn complete_op(&mut self, key: OpKey) -> Checked {
+        let Some(op) = self.daemon.as_mut().and_then(|daemon| daemon.ops.remove(&key)) else {
+            return Ok(());
+        };
+        self.trace(|| format!("op {key} on slot {}: {} -> {:?}", op.slot, op.name(), op.result));
+        if let Kind::Write { seq, .. } | Kind::Zero(seq) = &op.kind {
+            self.disks[op.disk].disk.complete_write(*seq);
+        }
+        if let Kind::Write { data, payload, .. } = &op.kind
+            && payload.bytes() != data
+        {
+            return violated("protocol", format!("the buffer of op {key} changed while it was in flight"));
+        }
+        let result = match op.result.unwrap_or(Ok(false)) {
+            Err(errno) => Err(errno),
+            Ok(hole) => Ok(match op.kind {
+                Kind::Read(Some(buffer)) => DeviceOutput::Read(buffer),
+                Kind::ProbeHole => DeviceOutput::Hole(hole),
+                _ => DeviceOutput::Done,
+            }),
+        };
+        self.deliver(Event::DeviceDone { op: OpId(key), result })
+    }
+}

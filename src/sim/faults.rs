@@ -1,0 +1,382 @@
+//! Misfortune: what goes wrong, when, and on which disk.
+//!
+//! What must hold: within the fault model faults hit one disk at a time (the victim), and only while another one
+//! is in sync and well; the victim changes only when every replica is in sync and recorded so. A new fault is a
+//! variant of [`Fault`] with its rate in `plan.rs`, or a line in `fault_for` or `while_down`.
+
+use nix::errno::Errno;
+
+use crate::mirror::event::{AdminCommand, AdminError, AdminId, Candidate, Event};
+use crate::units::{BLOCK_BYTES, MILLISECOND_NS, ReplicaSlot, SECOND_NS, SECTOR_BYTES};
+
+use super::device::{Kind, Op};
+use super::disk::CutMode;
+use super::rng::Rng;
+use super::world::{Checked, Wake, World, violated};
+
+/// A fault that strikes at its time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Fault {
+    /// Another disk becomes the one that faults are aimed at.
+    Aim,
+    /// The daemon is killed.
+    Kill,
+    /// The power goes.
+    Cut,
+    /// A disk is gone for a while.
+    Outage,
+    /// A disk, or all, have no room for a while.
+    Full,
+    /// An operator does something.
+    Admin,
+}
+
+const FAULTS: [Fault; 6] =
+    [Fault::Aim, Fault::Kill, Fault::Cut, Fault::Outage, Fault::Full, Fault::Admin];
+
+impl CutMode {
+    /// What a power cut does this time.
+    pub fn from_chance(rng: &mut Rng) -> Self {
+        rng.pick(&[Self::DropAll, Self::KeepAll, Self::Mixed, Self::Mixed])
+    }
+}
+
+impl World {
+    /// Every kind of fault of the plan gets its first time.
+    pub fn arm_faults(&mut self) {
+        for fault in FAULTS {
+            self.rearm(fault);
+        }
+    }
+
+    fn rearm(&mut self, fault: Fault) {
+        let rates = &self.plan.faults;
+        let pause_ns = match fault {
+            Fault::Aim => 100 * MILLISECOND_NS,
+            Fault::Kill => rates.kill_pause_ns,
+            Fault::Cut => rates.cut_pause_ns,
+            Fault::Outage => rates.outage_pause_ns,
+            Fault::Full => rates.full_pause_ns,
+            Fault::Admin => rates.admin_pause_ns,
+        };
+        if pause_ns > 0 {
+            let delay = self.rng.between(1, 2 * pause_ns);
+            self.wake_in(delay, Wake::Fault(fault));
+        }
+    }
+
+    /// A fault strikes.
+    pub(super) fn fault_strikes(&mut self, fault: Fault) -> Checked {
+        self.rearm(fault);
+        if !self.chaos || self.daemon.is_none() {
+            return Ok(());
+        }
+        if fault != Fault::Aim {
+            self.counts.faults += 1;
+        }
+        match fault {
+            Fault::Aim => self.aim(),
+            Fault::Kill => return self.crash_and_restart(false),
+            Fault::Cut => return self.crash_and_restart(true),
+            Fault::Outage => {
+                if let Some(disk) = self.target() {
+                    self.trace(|| format!("disk {disk} is gone"));
+                    self.disks[disk].gone = true;
+                    let back = self.rng.between(MILLISECOND_NS, 3 * SECOND_NS);
+                    self.wake_in(back, Wake::Better(disk));
+                }
+            }
+            Fault::Full => self.fill_up(),
+            Fault::Admin => return self.admin_strikes(),
+        }
+        Ok(())
+    }
+
+    fn aim(&mut self) {
+        let disks = self.disks.len() as u64;
+        let pending_error = self
+            .daemon
+            .as_ref()
+            .is_some_and(|daemon| daemon.ops.values().any(|op| matches!(op.result, Some(Err(_)))));
+        let quiet = self.disks.iter().all(|disk| !disk.gone && !disk.full) && !pending_error;
+        let all_in_sync = self.in_sync_disks().len() == self.disks.len();
+        if !self.plan.within_model || (quiet && all_in_sync && self.all_recorded_in_sync()) {
+            self.victim = Some(self.rng.below(disks) as usize);
+        }
+    }
+
+    /// The disk to hurt now, if one may be hurt.
+    fn target(&mut self) -> Option<usize> {
+        if !self.plan.within_model {
+            return Some(self.rng.below(self.disks.len() as u64) as usize);
+        }
+        self.victim.filter(|disk| self.another_is_well(*disk))
+    }
+
+    /// Whether a replica other than `disk` is in sync and has no trouble.
+    fn another_is_well(&self, disk: usize) -> bool {
+        self.in_sync_disks()
+            .into_iter()
+            .any(|other| other != disk && !self.disks[other].gone && !self.disks[other].full)
+    }
+
+    fn fill_up(&mut self) {
+        if self.plan.faults.full_everywhere {
+            self.trace(|| "all disks are full".to_owned());
+            self.excused = true;
+            for disk in 0..self.disks.len() {
+                self.disks[disk].full = true;
+            }
+        } else if let Some(disk) = self.target() {
+            self.trace(|| format!("disk {disk} is full"));
+            self.disks[disk].full = true;
+        }
+        for disk in 0..self.disks.len() {
+            if self.disks[disk].full {
+                let back = self.rng.between(MILLISECOND_NS, SECOND_NS);
+                self.wake_in(back, Wake::Better(disk));
+            }
+        }
+    }
+
+    /// Whether an operation fails, and how.
+    pub(super) fn fault_for(&mut self, op: &Op) -> Option<Errno> {
+        let disk = &self.disks[op.disk];
+        if disk.gone {
+            return Some(Errno::ENODEV);
+        }
+        if disk.full && op.writes() && op.range.offset < self.plan.volume_bytes {
+            return Some(Errno::ENOSPC);
+        }
+        let aimed = if self.plan.within_model {
+            self.victim == Some(op.disk) && self.another_is_well(op.disk)
+        } else {
+            true
+        };
+        let rates = &self.plan.faults;
+        let per_mille = match op.kind {
+            Kind::Read(_) => rates.read_error,
+            Kind::Write { .. } | Kind::Zero(_) => rates.write_error,
+            Kind::Flush(_) => rates.flush_error,
+            Kind::ProbeHole => 0,
+        };
+        (self.chaos && aimed && self.rng.per_mille(per_mille)).then_some(Errno::EIO)
+    }
+
+    /// The daemon dies, things happen to its disks, it starts again.
+    pub(super) fn crash_and_restart(&mut self, cut: bool) -> Checked {
+        let victim = self.target();
+        let all_in_sync = self.in_sync_disks().len() == self.disks.len();
+        self.crash(cut);
+        self.back_up(victim, all_in_sync)
+    }
+
+    /// What happens while the daemon is down, and its start.
+    pub(super) fn back_up(&mut self, victim: Option<usize>, all_in_sync: bool) -> Checked {
+        let mut forgotten = None;
+        let rates = self.plan.faults.clone();
+        // What nobody else has is not touched: there is no telling a lone copy from an old one.
+        let lone = |victim: &usize| self.holders.iter().all(|holder| holder == victim);
+        if let Some(victim) = victim.filter(|victim| !self.disks[*victim].gone && !lone(victim)) {
+            self.holders.retain(|holder| *holder != victim);
+            let copy = self.disks[victim].disk.snapshot();
+            if self.rng.per_mille(rates.old_copy) && !self.disks[victim].copies.is_empty() {
+                let which = self.rng.below(self.disks[victim].copies.len() as u64) as usize;
+                self.trace(|| format!("disk {victim}: an old copy is put back"));
+                let old = self.disks[victim].copies[which].clone();
+                self.disks[victim].disk.put_back(old);
+            } else if self.rng.per_mille(rates.blank) {
+                self.trace(|| format!("disk {victim}: replaced by a blank one"));
+                self.replace_disk(victim);
+            } else if self.rng.per_mille(rates.rot) {
+                self.rot(victim);
+            }
+            if self.disks[victim].copies.len() < 3 {
+                self.disks[victim].copies.push(copy);
+            }
+            forgotten = self.rng.per_mille(rates.forgotten).then_some(victim);
+        }
+        if all_in_sync && self.rng.per_mille(rates.split_brain) {
+            return self.split_brain();
+        }
+        let disks: Vec<usize> = (0..self.disks.len()).filter(|disk| Some(*disk) != forgotten).collect();
+        // An operator who starts without every disk that has the newest data asks for a split; that has its
+        // own test.
+        if self.holders.iter().all(|disk| self.disks[*disk].gone) {
+            self.disks.iter_mut().for_each(|disk| disk.gone = false);
+        }
+        self.start(&disks)
+    }
+
+    fn rot(&mut self, disk: usize) {
+        let bytes = self.disks[disk].disk.bytes();
+        let meta = bytes - crate::format::layout::Layout::metadata_bytes(self.regions());
+        let sector = self.rng.between(meta / SECTOR_BYTES, (bytes - 1) / SECTOR_BYTES);
+        self.trace(|| format!("disk {disk}: sector {sector} rots ({} of metadata)", sector - meta / SECTOR_BYTES));
+        self.disks[disk].disk.rot_sector(sector, &mut self.rng);
+        assert!(meta.is_multiple_of(BLOCK_BYTES));
+    }
+
+    fn admin_strikes(&mut self) -> Checked {
+        let Some(daemon) = &self.daemon else { return Ok(()) };
+        if daemon.stopping {
+            return Ok(());
+        }
+        let _ = daemon.mirror.status(self.now);
+        let attached: Vec<usize> = daemon.attached.iter().flatten().copied().collect();
+        let spare: Vec<usize> =
+            (0..self.disks.len()).filter(|d| !attached.contains(d) && !self.disks[*d].gone).collect();
+        match self.rng.below(10) {
+            0..=4 if !spare.is_empty() => {
+                let disk = spare[self.rng.below(spare.len() as u64) as usize];
+                let force = self.rng.coin();
+                self.admin_add(disk, force)
+            }
+            5 => self.stop_and_restart(),
+            choice => {
+                let Some(disk) = self.target() else { return Ok(()) };
+                let Some(slot) = self.slot_of(disk) else { return Ok(()) };
+                let command =
+                    if choice < 8 { AdminCommand::Fail(slot) } else { AdminCommand::Remove(slot) };
+                self.admin(command, None)
+            }
+        }
+    }
+
+    fn slot_of(&self, disk: usize) -> Option<ReplicaSlot> {
+        ReplicaSlot::all().find(|slot| self.disk_of(*slot) == Some(disk))
+    }
+
+    /// An operator offers a disk.
+    pub(super) fn admin_add(&mut self, disk: usize, force: bool) -> Checked {
+        let (found, force) = match self.find(disk) {
+            Ok(found) => (found, force),
+            Err(_) => (None, true),
+        };
+        let candidate = Candidate {
+            found,
+            traits: self.disks[disk].traits,
+            path: self.disks[disk].path.clone(),
+            fresh_uuid: self.fresh_uuid(),
+            force,
+        };
+        self.admin(AdminCommand::Add(Box::new(candidate)), Some(disk))
+    }
+
+    /// An operator's command goes to the core.
+    pub(super) fn admin(&mut self, command: AdminCommand, offered: Option<usize>) -> Checked {
+        let id = self.fresh_id();
+        self.trace(|| format!("admin {id}: {command:?}").chars().take(150).collect());
+        let Some(daemon) = &mut self.daemon else { return Ok(()) };
+        if offered.is_some() && daemon.admins.values().any(|other| *other == offered) {
+            return Ok(()); // it is locked by the command before
+        }
+        daemon.admins.insert(id, offered);
+        if matches!(command, AdminCommand::Stop) {
+            (daemon.stopping, daemon.stop_id) = (true, id);
+        }
+        self.deliver(Event::Admin { id: AdminId(id), command })
+    }
+
+    /// The core answers an operator.
+    pub(super) fn admin_done(&mut self, id: AdminId, result: &Result<String, AdminError>) -> Checked {
+        self.trace(|| format!("admin {}: answered {result:?}", id.0));
+        let Some(daemon) = &mut self.daemon else { return Ok(()) };
+        if daemon.admins.remove(&id.0).is_none() {
+            return violated("protocol", format!("admin command {} is answered twice", id.0));
+        }
+        if daemon.stopping && daemon.stop_id == id.0 {
+            daemon.stopped = Some(result.is_ok());
+        }
+        Ok(())
+    }
+
+    /// An orderly stop in the middle of everything, and a start after it.
+    fn stop_and_restart(&mut self) -> Checked {
+        let victim = self.target();
+        let Some(clean) = self.stop()? else { return Ok(()) };
+        if clean {
+            self.promise_10_the_data_is_yours()?;
+        }
+        let all_in_sync = self.in_sync_disks().len() == self.disks.len();
+        self.crash(false);
+        self.back_up(victim, all_in_sync)
+    }
+
+    /// Stops the daemon: whether it was clean; `None` where it died on the way.
+    ///
+    /// # Errors
+    /// A promise was broken.
+    pub fn stop(&mut self) -> Result<Option<bool>, super::world::Violation> {
+        let starts = self.counts.starts;
+        self.admin(AdminCommand::Stop, None)?;
+        let over = self.run_until(300 * SECOND_NS, |world| {
+            world.counts.starts != starts || world.daemon.as_ref().is_none_or(|daemon| daemon.stopped.is_some())
+        })?;
+        if self.counts.starts != starts {
+            return Ok(None);
+        }
+        let Some(daemon) = &self.daemon else { return Ok(None) };
+        if !over {
+            return violated("liveness", "stop is not answered within 300 s");
+        }
+        if !daemon.requests.is_empty() {
+            return violated("liveness", format!("stopped with {} requests unanswered", daemon.requests.len()));
+        }
+        if daemon.stopped != Some(true) && self.plan.within_model && !self.excused {
+            return violated("promise_4_clean_means_clean", "a stop was not clean though a replica was well");
+        }
+        Ok(daemon.stopped)
+    }
+
+    /// Promise 8: each side is run without the other; together they must be refused.
+    fn split_brain(&mut self) -> Checked {
+        if self.disks.len() < 2 || !self.all_recorded_in_sync() {
+            let all: Vec<usize> = (0..self.disks.len()).collect();
+            return self.start(&all);
+        }
+        self.trace(|| "SPLIT: each side is started without the other".to_owned());
+        let all: Vec<usize> = (0..self.disks.len()).collect();
+        let (left, right) = all.split_at(1 + self.rng.below(all.len() as u64 - 1) as usize);
+        self.chaos = false;
+        let before = self.oracle.clone();
+        self.run_side(left)?;
+        let left_oracle = std::mem::replace(&mut self.oracle, before);
+        self.run_side(right)?;
+        self.chaos = true;
+        if let Ok((assembly, _)) = self.assemble(&all) {
+            let (in_sync, resync) = (assembly.in_sync, assembly.resync);
+            return violated(
+                "promise_8_no_silent_rollback",
+                format!("both sides were written alone; assembled: in sync {in_sync:?}, resync {resync:?}"),
+            );
+        }
+        let keep_left = self.rng.coin();
+        if keep_left {
+            self.oracle = left_oracle;
+        }
+        let (kept, dropped) = if keep_left { (left, right) } else { (right, left) };
+        let (kept, dropped) = (kept.to_vec(), dropped.to_vec());
+        self.victim = None;
+        for disk in dropped {
+            self.disks[disk].copies.clear();
+            self.disks[disk].disk.put_back(Default::default());
+        }
+        kept.iter().for_each(|disk| self.disks[*disk].copies.clear());
+        self.start(&kept)
+    }
+
+    fn run_side(&mut self, side: &[usize]) -> Checked {
+        let left = std::mem::replace(&mut self.requests_left, 10);
+        self.start(side)?;
+        let done = self.run_until(600 * SECOND_NS, |world| {
+            world.requests_left == 0 && world.daemon.as_ref().is_none_or(|daemon| daemon.requests.is_empty())
+        })?;
+        self.requests_left = left;
+        if !done {
+            return violated("liveness", "requests to one side alone are not answered");
+        }
+        self.crash(false);
+        Ok(())
+    }
+}

@@ -1,0 +1,341 @@
+//! The promises of the design, each a check that looks at disks and actions and not at the core's mind.
+//!
+//! | promise | checked |
+//! |---|---|
+//! | 1 intent before data | when a data write is submitted |
+//! | 2 failure before ack | when a write is answered |
+//! | 3 one order | when an operation is submitted |
+//! | 4 clean means clean | whenever durable metadata or the set of in-sync replicas changes |
+//! | 5 one answer | when a read is answered (`oracle.rs`) |
+//! | 6 never the last | after each step; and no request fails while a replica is well (`client.rs`) |
+//! | 7 idempotent recovery | by crashes at any time (`faults.rs`) and all the others |
+//! | 8 no silent rollback | by split brains and old copies (`faults.rs`) |
+//! | 9 a flush is a flush | when a flush or a FUA write is answered |
+//! | 10 the data is yours | after each orderly stop |
+//! | 11 | nothing panics (`run.rs`) |
+
+use std::io;
+
+use crate::buffer::Payload;
+use crate::format::Found;
+use crate::format::read::read_found;
+use crate::format::superblock::MemberState;
+use crate::units::{BLOCK_BYTES, ByteRange, RegionIndex, ReplicaSlot};
+
+use super::client::{Asked, Pending};
+use super::device::{Kind, Op};
+use super::disk::{first_difference, read_image};
+use super::world::{Checked, World, violated};
+
+/// What stands durably in one disk's metadata, decoded when it changes.
+#[derive(Default)]
+pub struct MetaView {
+    epoch: Option<u64>,
+    found: Option<Found>,
+    /// A bit may have been cleared, or somebody else counts now: look at everything.
+    look: bool,
+}
+
+impl MetaView {
+    /// The next check looks at everything.
+    pub fn look_again(&mut self) {
+        self.look = true;
+    }
+
+    /// The daemon is gone: what is read next is not compared with what was.
+    pub fn forget(&mut self) {
+        *self = Self::default();
+    }
+
+    fn intent(&self, region: RegionIndex) -> bool {
+        self.found.as_ref().is_none_or(|found| found.maps.intent[region.index()])
+    }
+
+    fn stale(&self, slot: ReplicaSlot, region: RegionIndex) -> bool {
+        self.found.as_ref().is_none_or(|found| found.maps.stale[slot.index()][region.index()])
+    }
+}
+
+impl World {
+    /// Brings the view of a disk's durable metadata up to date. A cleared intent bit is judged here.
+    fn refresh_meta(&mut self, index: usize) -> Checked {
+        let disk = &self.disks[index];
+        let epoch = disk.disk.meta_epoch();
+        if self.meta[index].epoch == Some(epoch) {
+            return Ok(());
+        }
+        let mut read = |offset: crate::units::ReplicaOffset, out: &mut [u8]| -> io::Result<()> {
+            disk.disk.read_durable(offset.0, out);
+            Ok(())
+        };
+        let found = read_found(&disk.path, disk.traits.device_bytes, &mut read).ok().flatten();
+        let view = &mut self.meta[index];
+        let before = std::mem::replace(&mut view.found, found);
+        view.epoch = Some(epoch);
+        view.look = true;
+        let (Some(before), Some(after)) = (before, &view.found) else { return Ok(()) };
+        let cleared = before.maps.intent.clone() & !after.maps.intent.clone();
+        for region in cleared.iter_ones() {
+            for (slot, _) in after.superblock.members() {
+                if after.maps.stale[slot.index()][region] && before.maps.stale[slot.index()][region] {
+                    return violated(
+                        "promise_4_clean_means_clean",
+                        format!("disk {index}: intent of region {region} cleared; slot {slot} missed a write"),
+                    );
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn data_regions(&self, range: ByteRange) -> impl Iterator<Item = RegionIndex> + use<> {
+        let end = range.end().min(self.plan.volume_bytes);
+        let data = ByteRange::new(range.offset.min(end), end - range.offset.min(end));
+        self.regions().touched(data)
+    }
+
+    /// Promise 1: no data write reaches any replica before its region's intent bit is durable on every in-sync
+    /// replica. (A copy to a replica that is not in sync may rely on that replica's stale bit instead.)
+    pub(super) fn promise_1_intent_before_data(&mut self, op: &Op) -> Checked {
+        if !op.writes() || op.range.offset >= self.plan.volume_bytes {
+            return Ok(());
+        }
+        let in_sync = self.daemon.as_ref().is_some_and(|daemon| daemon.in_sync.contains(op.slot));
+        for disk in self.in_sync_disks() {
+            self.refresh_meta(disk)?;
+            let view = &self.meta[disk];
+            for region in self.data_regions(op.range) {
+                if !(view.intent(region) || !in_sync && view.stale(op.slot, region)) {
+                    return violated(
+                        "promise_1_intent_before_data",
+                        format!("write to slot {} in region {}: no bit on disk {disk}", op.slot, region.0),
+                    );
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Promise 2: an answered write is on every in-sync replica; every other member is recorded as such on a
+    /// survivor, durably and with a higher event count, and as stale in these regions (or has the data).
+    pub(super) fn promise_2_failure_before_ack(&mut self, id: u64, pending: &Pending) -> Checked {
+        let name = "promise_2_failure_before_ack";
+        let Some(daemon) = &self.daemon else { return Ok(()) };
+        let (members, in_sync) = (daemon.members, daemon.in_sync);
+        for slot in in_sync.iter() {
+            if pending.asked != Asked::Trim && !self.has_data(slot, pending) {
+                return violated(name, format!("write {id} answered; in-sync slot {slot} has it not"));
+            }
+        }
+        let survivors = self.in_sync_disks();
+        for disk in 0..self.disks.len() {
+            self.refresh_meta(disk)?;
+        }
+        for slot in members.difference(in_sync).iter() {
+            let recorded = survivors.iter().any(|disk| self.records_absence(*disk, slot, pending));
+            if !recorded {
+                return violated(name, format!("write {id} answered; that slot {slot} missed it is not recorded"));
+            }
+        }
+        Ok(())
+    }
+
+    fn has_data(&self, slot: ReplicaSlot, pending: &Pending) -> bool {
+        let Some(disk) = self.disk_of(slot) else { return false };
+        let mut bytes = vec![0; pending.range.len as usize];
+        read_image(self.disks[disk].disk.image(), pending.range.offset, &mut bytes);
+        pending.value.matches(pending.range.offset, &bytes)
+    }
+
+    fn records_absence(&self, survivor: usize, slot: ReplicaSlot, pending: &Pending) -> bool {
+        let Some(found) = &self.meta[survivor].found else { return false };
+        let Some(member) = &found.superblock.members[slot.index()] else { return true };
+        if pending.asked == Asked::Trim
+            && !self.data_regions(pending.range).any(|region| self.meta[survivor].intent(region))
+        {
+            return true; // it touched nothing
+        }
+        if member.state == MemberState::InSync {
+            return false;
+        }
+        let resyncing = self.daemon.as_ref().is_some_and(|daemon| daemon.resyncing.contains(slot));
+        // A trim may have touched less than was asked; what it touched is dirty.
+        let touched = |region: &RegionIndex| {
+            pending.asked != Asked::Trim || self.meta[survivor].intent(*region)
+        };
+        let stale = self
+            .data_regions(pending.range)
+            .filter(touched)
+            .all(|region| self.meta[survivor].stale(slot, region));
+        if resyncing {
+            return stale || pending.asked == Asked::Trim || self.has_data(slot, pending);
+        }
+        let higher = self.meta.iter().filter_map(|view| view.found.as_ref()).all(|other| {
+            other.superblock.own_entry().is_none_or(|own| own.uuid != member.uuid)
+                || other.superblock.event_count < found.superblock.event_count
+        });
+        stale && higher
+    }
+
+    /// Promise 3: overlapping writes are never in flight together, nor a write and a read on one replica. Writes
+    /// of the same bytes to several replicas are one write.
+    pub(super) fn promise_3_one_order(&self, op: &Op) -> Checked {
+        let Some(daemon) = &self.daemon else { return Ok(()) };
+        if matches!(op.kind, Kind::Flush(_) | Kind::ProbeHole) || op.range.offset >= self.plan.volume_bytes {
+            return Ok(());
+        }
+        let active = daemon.in_sync.union(daemon.resyncing);
+        for (key, other) in &daemon.ops {
+            let both_read = !op.writes() && !other.writes();
+            let overlap = op.range.overlaps(other.range) && !matches!(other.kind, Kind::ProbeHole);
+            if both_read || !overlap || !active.contains(other.slot) {
+                continue;
+            }
+            let same_write = op.writes() && other.writes() && same_bytes(op, other);
+            if op.slot == other.slot || (op.writes() && other.writes() && !same_write) {
+                return violated(
+                    "promise_3_one_order",
+                    format!(
+                        "an operation on {:?} of slot {} while op {key} on {:?} of slot {} is in flight",
+                        op.range, op.slot, other.range, other.slot
+                    ),
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// What holds after every step.
+    pub(super) fn check_promises(&mut self) -> Checked {
+        if self.daemon.is_none() {
+            return Ok(());
+        }
+        self.promise_6_never_the_last()?;
+        if let Some(daemon) = &self.daemon
+            && (self.regions().count() <= 64 || self.counts.events % 256 == 0)
+        {
+            daemon.mirror.check_invariants();
+        }
+        for disk in self.in_sync_disks() {
+            self.refresh_meta(disk)?;
+        }
+        if self.meta.iter().any(|view| view.look) {
+            self.meta.iter_mut().for_each(|view| view.look = false);
+            self.promise_4_clean_means_clean()?;
+        }
+        Ok(())
+    }
+
+    /// Promise 6: one replica is in sync, always.
+    fn promise_6_never_the_last(&self) -> Checked {
+        let Some(daemon) = &self.daemon else { return Ok(()) };
+        if daemon.in_sync.is_empty() {
+            return violated("promise_6_never_the_last", "no replica is in sync");
+        }
+        Ok(())
+    }
+
+    /// Promise 4: where data on an in-sync replica is in flight or not flushed, the intent bit stands on every
+    /// in-sync replica.
+    fn promise_4_clean_means_clean(&self) -> Checked {
+        let Some(daemon) = &self.daemon else { return Ok(()) };
+        let in_sync = self.in_sync_disks();
+        let name = "promise_4_clean_means_clean";
+        let check = |region: RegionIndex, what: &str, on: usize| -> Checked {
+            match in_sync.iter().find(|disk| !self.meta[**disk].intent(region)) {
+                None => Ok(()),
+                Some(bare) => violated(
+                    name,
+                    format!("region {} has no bit on disk {bare} but {what} on disk {on}", region.0),
+                ),
+            }
+        };
+        for disk in &in_sync {
+            let mut last = None;
+            for block in self.disks[*disk].disk.unflushed_blocks(self.plan.volume_bytes) {
+                let region = self.regions().of(block * BLOCK_BYTES);
+                if last != Some(region) {
+                    check(region, "unflushed data", *disk)?;
+                    last = Some(region);
+                }
+            }
+        }
+        for op in daemon.ops.values().filter(|op| op.writes() && daemon.in_sync.contains(op.slot)) {
+            for region in self.data_regions(op.range) {
+                check(region, "a write in flight", op.disk)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Promise 5: reads return what the oracle allows.
+    pub(super) fn promise_5_one_answer(&mut self, id: u64, pending: &Pending, data: &Payload) -> Checked {
+        self.oracle
+            .read_end(pending.range.offset, data.bytes(), pending.begin)
+            .or_else(|why| violated("promise_5_one_answer", format!("read {id}: {why}")))
+    }
+
+    /// Promise 9: what was answered before a flush was sent is durable on every in-sync replica when the flush
+    /// is answered.
+    pub(super) fn promise_9_a_flush_is_a_flush(&self, id: u64, pending: &Pending) -> Checked {
+        for disk in self.in_sync_disks() {
+            let Some(mark) = pending.marks.get(disk) else { continue };
+            if let Some(block) = self.disks[disk].disk.unflushed_before(mark, self.plan.volume_bytes) {
+                return violated(
+                    "promise_9_a_flush_is_a_flush",
+                    format!("flush {id} answered; block {block} of disk {disk} is not flushed"),
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// Promise 9: a FUA write is durable on every in-sync replica when it is answered.
+    pub(super) fn promise_9_fua_is_durable(&self, id: u64, pending: &Pending) -> Checked {
+        if !pending.fua || pending.asked == Asked::Trim || pending.range.is_empty() {
+            return Ok(());
+        }
+        match self.in_sync_disks().into_iter().find(|disk| self.disks[*disk].disk.has_unflushed(pending.range)) {
+            None => Ok(()),
+            Some(disk) => violated(
+                "promise_9_fua_is_durable",
+                format!("FUA write {id} answered; not durable on disk {disk}"),
+            ),
+        }
+    }
+
+    /// Promise 10: after an orderly stop each in-sync replica is the volume as a raw image, durably, and all are
+    /// identical.
+    ///
+    /// # Errors
+    /// They are not.
+    pub fn promise_10_the_data_is_yours(&mut self) -> Checked {
+        let name = "promise_10_the_data_is_yours";
+        let disks = self.in_sync_disks();
+        for disk in &disks {
+            if let Some(byte) = self.disks[*disk].disk.first_not_durable() {
+                return violated(name, format!("byte {byte} of disk {disk} is not durable after the stop"));
+            }
+            let image = self.disks[*disk].disk.durable_image().clone();
+            self.oracle.check_image(&image).or_else(|why| violated(name, format!("disk {disk}: {why}")))?;
+            let first = self.disks[disks[0]].disk.durable_image();
+            if let Some(byte) = first_difference(first, &image, self.plan.volume_bytes) {
+                return violated(name, format!("disks {} and {disk} differ at byte {byte}", disks[0]));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn same_bytes(a: &Op, b: &Op) -> bool {
+    let start = a.range.offset.max(b.range.offset);
+    let end = a.range.end().min(b.range.end());
+    (start..end).all(|at| byte_of(a, at) == byte_of(b, at))
+}
+
+fn byte_of(op: &Op, at: u64) -> u8 {
+    match &op.kind {
+        Kind::Write { data, .. } => data[(at - op.range.offset) as usize],
+        _ => 0,
+    }
+}

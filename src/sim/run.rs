@@ -1,0 +1,201 @@
+//! Runs seeds: one world each, from create to an orderly stop, with the chaos in between.
+//!
+//! ```text
+//!  create ─► start ─► chaos: clients, faults, crashes ─► calm: heal ─► idle: bits cleared ─► stop ─► start: clean
+//! ```
+
+use std::cell::RefCell;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Once;
+
+use crate::planted::{Bug, plant};
+use crate::units::SECOND_NS;
+
+use super::plan::Plan;
+use super::world::{Checked, Counts, Violation, World, violated};
+
+/// Runs the world of `seed`, with `bug` planted in the core.
+///
+/// # Errors
+/// The promise that was broken, or the panic's message.
+pub fn run_seed(seed: u64, bug: Option<Bug>, verbose: bool) -> Result<Counts, String> {
+    quiet_panics();
+    plant(bug);
+    let result = catch_unwind(AssertUnwindSafe(|| {
+        let mut world = World::new(Plan::draw(seed), verbose);
+        if verbose {
+            println!("{:#?}", world.plan);
+        }
+        let lived = live(&mut world);
+        world.counts.virtual_ns = world.now.0;
+        world.counts.beyond_repair = u64::from(world.beyond_repair);
+        lived.map(|()| world.counts).map_err(|Violation(what)| what)
+    }));
+    plant(None);
+    result.unwrap_or_else(|_| Err(format!("promise_11_panic: {}", PANIC.take())))
+}
+
+thread_local! {
+    static PANIC: RefCell<String> = const { RefCell::new(String::new()) };
+    static CATCHING: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+}
+
+/// Panics in worlds are kept for the report and not printed.
+fn quiet_panics() {
+    static ONCE: Once = Once::new();
+    CATCHING.set(true);
+    ONCE.call_once(|| {
+        let before = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |info| {
+            if CATCHING.get() {
+                PANIC.set(info.to_string());
+            } else {
+                before(info);
+            }
+        }));
+    });
+}
+
+fn live(world: &mut World) -> Checked {
+    world.create()?;
+    let all: Vec<usize> = (0..world.disks.len()).collect();
+    world.start(&all)?;
+    world.arm_faults();
+    let limit = 60 * SECOND_NS + world.plan.requests * 4 * world.plan.think_ns;
+    world.run_until(limit, |world| {
+        world.beyond_repair
+            || world.requests_left == 0 && world.daemon.as_ref().is_some_and(|d| d.requests.is_empty())
+    })?;
+    world.chaos = false;
+    world.requests_left = 0;
+    heal(world)?;
+    if world.beyond_repair {
+        return Ok(());
+    }
+    settle(world)?;
+    let Some(clean) = world.stop()? else { return violated("liveness", "the daemon died of a stop") };
+    if !clean {
+        return violated("promise_4_clean_means_clean", "the last stop was not clean though all is well");
+    }
+    world.promise_10_the_data_is_yours()?;
+    begin_again(world)
+}
+
+/// Liveness: when the faults stop, every request is answered and every disk becomes a replica in sync.
+fn heal(world: &mut World) -> Checked {
+    for disk in &mut world.disks {
+        (disk.gone, disk.full) = (false, false);
+    }
+    let regions = world.regions().count();
+    let slow = world.plan.latency_ns * world.plan.slow_factor;
+    let limit = world.now.plus(120 * SECOND_NS + regions * 100 * slow);
+    let mut rounds = 0;
+    while !is_well(world) {
+        if world.beyond_repair {
+            return Ok(());
+        }
+        if world.now > limit {
+            return violated("liveness", describe(world));
+        }
+        rounds += 1;
+        if rounds == 20 && !world.plan.within_model {
+            world.crash(false); // a lost flush is cured by a restart only
+        }
+        if world.daemon.is_none() {
+            let all: Vec<usize> = (0..world.disks.len()).collect();
+            world.start(&all)?;
+            continue;
+        }
+        offer_spares(world)?;
+        world.run_until(SECOND_NS, is_well)?;
+        // `run_until` stops at the first event past its limit; with nothing to do time stands still.
+        world.now = world.now.plus(SECOND_NS / 100);
+    }
+    Ok(())
+}
+
+fn is_well(world: &World) -> bool {
+    let Some(daemon) = &world.daemon else { return false };
+    daemon.requests.is_empty()
+        && daemon.admins.is_empty()
+        && daemon.in_sync == daemon.members
+        && world.in_sync_disks().len() == world.disks.len()
+}
+
+fn describe(world: &World) -> String {
+    let Some(daemon) = &world.daemon else { return "the daemon is down".to_owned() };
+    format!(
+        "not well within the bound: in sync {:?}, resyncing {:?}, members {:?}, {} disks, {} requests, {} admin, {} ops",
+        daemon.in_sync,
+        daemon.resyncing,
+        daemon.members,
+        world.disks.len(),
+        daemon.requests.len(),
+        daemon.admins.len(),
+        daemon.ops.len(),
+    )
+}
+
+/// The operator takes back what lies about, and forgets members that are gone for good.
+fn offer_spares(world: &mut World) -> Checked {
+    use crate::mirror::event::AdminCommand;
+    let Some(daemon) = &world.daemon else { return Ok(()) };
+    let attached: Vec<usize> = daemon.attached.iter().flatten().copied().collect();
+    let spare: Vec<usize> = (0..world.disks.len()).filter(|disk| !attached.contains(disk)).collect();
+    if let Some(disk) = spare.first() {
+        return world.admin_add(*disk, true);
+    }
+    let gone = daemon.members.difference(daemon.in_sync.union(daemon.resyncing));
+    let gone = gone.iter().find(|slot| daemon.attached[slot.index()].is_none());
+    match gone {
+        Some(slot) => world.admin(AdminCommand::Remove(slot), None),
+        None => Ok(()),
+    }
+}
+
+/// Liveness: without writes every intent bit is cleared.
+fn settle(world: &mut World) -> Checked {
+    let limit = 20 * world.plan.intent_idle_ns + 120 * SECOND_NS;
+    let step = world.plan.intent_idle_ns / 2 + SECOND_NS / 10;
+    let end = world.now.plus(limit);
+    loop {
+        let Some(daemon) = &world.daemon else { return violated("liveness", "the daemon is gone") };
+        let status = daemon.mirror.status(world.now);
+        if status.dirty_bytes == 0 && status.unsynced_bytes == 0 {
+            return Ok(());
+        }
+        if world.now > end {
+            let (dirty, unsynced) = (status.dirty_bytes, status.unsynced_bytes);
+            return violated("liveness", format!("{dirty} bytes stay dirty, {unsynced} unsynced"));
+        }
+        world.run_until(step, |_| false)?;
+        world.now = world.now.plus(SECOND_NS / 100);
+    }
+}
+
+/// After an orderly stop: everything is trusted, nothing is to be resynced, reads are right.
+fn begin_again(world: &mut World) -> Checked {
+    world.crash(false);
+    let all: Vec<usize> = (0..world.disks.len()).collect();
+    match world.assemble(&all) {
+        Err(error) => return violated("promise_4_clean_means_clean", format!("refused after a stop: {error}")),
+        Ok((assembly, _)) => {
+            let sound = assembly.in_sync.len() == world.disks.len()
+                && assembly.unsynced.not_any()
+                && assembly.head.clean
+                && assembly.maps.intent.not_any();
+            if !sound {
+                return violated("promise_4_clean_means_clean", format!("not clean after a stop: {assembly:?}"));
+            }
+        }
+    }
+    world.requests_left = 10;
+    world.start(&all)?;
+    let done = world.run_until(300 * SECOND_NS, |world| {
+        world.requests_left == 0 && world.daemon.as_ref().is_some_and(|daemon| daemon.requests.is_empty())
+    })?;
+    if !done {
+        return violated("liveness", "requests after the last start are not answered");
+    }
+    Ok(())
+}

@@ -1,0 +1,474 @@
+//! A world: the core, its disks, its clients, its operator and its misfortunes, under one virtual clock.
+//!
+//! ```text
+//!            ┌─────────── start (boot.rs: the real assembly) ◄──────────┐
+//!            ▼                                                          │
+//!   queue ──► step: device.rs, client.rs, faults.rs ──► core ──► actions ──► crash (kill, power cut)
+//!                          after each step: promises.rs
+//! ```
+//!
+//! What must hold: everything that happens follows from the plan's seed; nothing iterates over hashes.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap};
+use std::fmt::Display;
+
+use crate::buffer::BufferPool;
+use crate::mirror::Mirror;
+use crate::mirror::event::{Action, AdminId, DeviceTraits, Event, OpId};
+use crate::units::{Nanos, REPLICAS_MAX, Regions, ReplicaSet, ReplicaSlot};
+
+use super::client::{Client, Pending};
+use super::device::Op;
+use super::disk::{Disk, Image};
+use super::faults::Fault;
+use super::oracle::Oracle;
+use super::plan::Plan;
+use super::promises::MetaView;
+use super::rng::Rng;
+
+/// What went wrong: the promise's name and the details.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Violation(pub String);
+
+/// The result of a check, or of a step that checks.
+pub type Checked = Result<(), Violation>;
+
+/// A violation of the promise `name`.
+pub fn violated<T>(name: &str, what: impl Display) -> Result<T, Violation> {
+    Err(Violation(format!("{name}: {what}")))
+}
+
+/// Something that happens at its time. Those of an earlier life of the daemon are ignored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Wake {
+    /// A device operation takes effect.
+    Apply(u64, OpKey),
+    /// A device operation is answered.
+    Complete(u64, OpKey),
+    /// A client may send.
+    Client(usize),
+    /// The core wanted a tick.
+    Tick(u64),
+    /// A fault of this kind.
+    Fault(Fault),
+    /// A disk is there again, has room again.
+    Better(usize),
+}
+
+/// An operation's id, ordered.
+pub type OpKey = u64;
+
+/// A disk and what surrounds it.
+pub struct SimDisk {
+    /// Its content.
+    pub disk: Disk,
+    /// As given to the core.
+    pub path: String,
+    /// As given to the core.
+    pub traits: DeviceTraits,
+    /// Gone: operations fail with ENODEV, and a start does not find it.
+    pub gone: bool,
+    /// Its filesystem is full.
+    pub full: bool,
+    /// This many times slower than the others.
+    pub slow_factor: u64,
+    /// Earlier contents, for putting an old copy back.
+    pub copies: Vec<Image>,
+}
+
+/// A running daemon.
+pub struct Daemon {
+    /// The core.
+    pub mirror: Mirror,
+    /// Its buffers.
+    pub pool: BufferPool,
+    /// Grows with each start.
+    pub life: u64,
+    /// Which disk (by index) is the replica in each slot.
+    pub attached: [Option<usize>; REPLICAS_MAX],
+    /// Device operations in flight.
+    pub ops: BTreeMap<OpKey, Op>,
+    /// Client requests not answered.
+    pub requests: BTreeMap<u64, Pending>,
+    /// Admin commands not answered; the disk that an `Add` offers.
+    pub admins: BTreeMap<u64, Option<usize>>,
+    /// In sync after the last event.
+    pub in_sync: ReplicaSet,
+    /// Resyncing after the last event.
+    pub resyncing: ReplicaSet,
+    /// Members after the last event.
+    pub members: ReplicaSet,
+    /// `Stop` was sent.
+    pub stopping: bool,
+    /// `Stop` was answered: whether the stop was clean.
+    pub stopped: Option<bool>,
+    /// The command that is to stop it.
+    pub stop_id: u64,
+    tick_at: Option<Nanos>,
+}
+
+/// What a run did, for reports.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Counts {
+    /// Events given to the core.
+    pub events: u64,
+    /// Requests answered.
+    pub replies: u64,
+    /// Requests answered with an error.
+    pub errors: u64,
+    /// Starts of the daemon.
+    pub starts: u64,
+    /// Faults of all kinds that were injected.
+    pub faults: u64,
+    /// Device operations.
+    pub device_ops: u64,
+    /// Virtual time, nanoseconds.
+    pub virtual_ns: u64,
+    /// Worlds in which more was lost than a mirror can bear.
+    pub beyond_repair: u64,
+}
+
+/// One seed's world.
+pub struct World {
+    /// What was drawn beforehand.
+    pub plan: Plan,
+    /// Chance.
+    pub rng: Rng,
+    /// Virtual time.
+    pub now: Nanos,
+    /// The disks, of which not all need be members.
+    pub disks: Vec<SimDisk>,
+    /// What stands durably in each disk's metadata.
+    pub meta: Vec<MetaView>,
+    /// The daemon, while it runs.
+    pub daemon: Option<Daemon>,
+    /// The clients.
+    pub clients: Vec<Client>,
+    /// Requests still to be sent in the chaos phase.
+    pub requests_left: u64,
+    /// What reads may return.
+    pub oracle: Oracle,
+    /// Faults are injected.
+    pub chaos: bool,
+    /// The disk that faults are aimed at (within the fault model: the only one).
+    pub victim: Option<usize>,
+    /// Requests may fail though one disk is well (all disks are full).
+    pub excused: bool,
+    /// More went wrong than a mirror can bear; the run ends here.
+    pub beyond_repair: bool,
+    /// Disks ever made.
+    pub disks_made: u64,
+    /// For the report.
+    pub counts: Counts,
+    /// Print what happens.
+    pub verbose: bool,
+    queue: BinaryHeap<Reverse<(Nanos, u64, Wake)>>,
+    next_wake: u64,
+    /// Source of ids for requests, values and admin commands.
+    next_id: u64,
+    life: u64,
+    last_tick: Nanos,
+    ticks_now: u32,
+    /// Disks that were in sync when the daemon ended: one of them has to be there at the next start.
+    pub holders: Vec<usize>,
+}
+
+impl World {
+    /// The world of `plan`, before anything happened.
+    #[must_use]
+    pub fn new(plan: Plan, verbose: bool) -> Self {
+        let mut rng = Rng::new(plan.seed ^ 0x5157_4f52_4c44);
+        let clients = (0..plan.clients).map(|_| Client::new(&plan, &mut rng)).collect();
+        Self {
+            requests_left: plan.requests,
+            oracle: Oracle::new(plan.volume_bytes),
+            plan,
+            rng,
+            now: Nanos(0),
+            disks: vec![],
+            meta: vec![],
+            daemon: None,
+            clients,
+            chaos: true,
+            victim: None,
+            excused: false,
+            beyond_repair: false,
+            disks_made: 0,
+            counts: Counts::default(),
+            verbose,
+            queue: BinaryHeap::new(),
+            next_wake: 0,
+            next_id: 1,
+            life: 0,
+            last_tick: Nanos(0),
+            ticks_now: 0,
+            holders: vec![],
+        }
+    }
+
+    /// The volume's regions.
+    #[must_use]
+    pub fn regions(&self) -> Regions {
+        Regions { volume_bytes: self.plan.volume_bytes, region_bytes: self.plan.region_bytes }
+    }
+
+    /// A fresh number.
+    pub fn fresh_id(&mut self) -> u64 {
+        self.next_id += 1;
+        self.next_id
+    }
+
+    /// A line of the trace.
+    pub fn trace(&self, line: impl FnOnce() -> String) {
+        if self.verbose {
+            println!("[{:>12.6} s] {}", self.now.0 as f64 / 1e9, line());
+        }
+    }
+
+    /// Lets something happen after `delay_ns`.
+    pub fn wake_in(&mut self, delay_ns: u64, wake: Wake) {
+        self.next_wake += 1;
+        self.queue.push(Reverse((self.now.plus(delay_ns), self.next_wake, wake)));
+    }
+
+    /// The next thing happens. False where nothing is left to happen.
+    ///
+    /// # Errors
+    /// A promise was broken.
+    pub fn step(&mut self) -> Result<bool, Violation> {
+        let Some(Reverse((at, _, wake))) = self.queue.pop() else { return Ok(false) };
+        self.now = self.now.max(at);
+        match wake {
+            Wake::Apply(life, op) if self.is_life(life) => self.apply_op(op),
+            Wake::Complete(life, op) if self.is_life(life) => self.complete_op(op)?,
+            Wake::Tick(life) if self.is_life(life) => {
+                if let Some(daemon) = self.daemon.as_mut().filter(|d| d.tick_at.is_some_and(|t| t <= at)) {
+                    daemon.tick_at = None;
+                    self.deliver(Event::Tick)?;
+                    self.promise_no_storm()?;
+                }
+            }
+            Wake::Apply(..) | Wake::Complete(..) | Wake::Tick(_) => {}
+            Wake::Client(client) => self.client_wakes(client)?,
+            Wake::Fault(fault) => self.fault_strikes(fault)?,
+            Wake::Better(disk) => {
+                self.disks[disk].gone = false;
+                self.disks[disk].full = false;
+            }
+        }
+        self.check_promises()?;
+        Ok(true)
+    }
+
+    /// A core that wants one tick after another without time going on would keep its thread busy.
+    fn promise_no_storm(&mut self) -> Checked {
+        self.ticks_now = if self.last_tick == self.now { self.ticks_now + 1 } else { 0 };
+        self.last_tick = self.now;
+        if self.ticks_now > 100 {
+            return violated("liveness", "the core wants ticks without end at one time");
+        }
+        Ok(())
+    }
+
+    fn is_life(&self, life: u64) -> bool {
+        self.daemon.as_ref().is_some_and(|daemon| daemon.life == life)
+    }
+
+    /// Steps until `done`, at most `limit_ns` of virtual time. False where that was not enough.
+    ///
+    /// # Errors
+    /// A promise was broken.
+    pub fn run_until(&mut self, limit_ns: u64, done: impl Fn(&Self) -> bool) -> Result<bool, Violation> {
+        let limit = self.now.plus(limit_ns);
+        let mut steps = 0u64;
+        while !done(self) {
+            steps += 1;
+            if self.now > limit || steps > 5_000_000 || !self.step()? {
+                return Ok(done(self));
+            }
+        }
+        Ok(true)
+    }
+
+    /// A daemon begins its life with `mirror`.
+    ///
+    /// # Errors
+    /// A promise was broken.
+    pub fn begin_life(
+        &mut self,
+        mirror: Mirror,
+        pool: BufferPool,
+        attached: [Option<usize>; REPLICAS_MAX],
+    ) -> Checked {
+        self.life += 1;
+        self.counts.starts += 1;
+        self.daemon = Some(Daemon {
+            mirror,
+            pool,
+            life: self.life,
+            attached,
+            ops: BTreeMap::new(),
+            requests: BTreeMap::new(),
+            admins: BTreeMap::new(),
+            in_sync: ReplicaSet::EMPTY,
+            resyncing: ReplicaSet::EMPTY,
+            members: ReplicaSet::EMPTY,
+            stopping: false,
+            stopped: None,
+            stop_id: 0,
+            tick_at: None,
+        });
+        for client in 0..self.clients.len() {
+            for _ in 0..self.plan.depth {
+                self.wake_in(1000, Wake::Client(client));
+            }
+        }
+        self.deliver(Event::Tick)
+    }
+
+    /// Gives the core an event and does what it wants.
+    ///
+    /// # Errors
+    /// A promise was broken.
+    pub fn deliver(&mut self, event: Event) -> Checked {
+        let now = self.now;
+        let Some(daemon) = &mut self.daemon else { return Ok(()) };
+        let mut actions = Vec::new();
+        daemon.mirror.handle(now, event, &mut actions);
+        self.counts.events += 1;
+        self.refresh_sets();
+        for action in actions {
+            match action {
+                Action::Device { op, slot, request } => self.submit(op, slot, request)?,
+                Action::Reply { id, result } => self.client_reply(id, result)?,
+                Action::Attach { id, slot } => self.attach(id, slot)?,
+                Action::Detach { slot } => self.detach(slot)?,
+                Action::AdminDone { id, result } => self.admin_done(id, &result)?,
+                Action::Notice(notice) => self.trace(|| format!("notice: {}", notice.text)),
+            }
+        }
+        self.schedule_tick();
+        Ok(())
+    }
+
+    fn refresh_sets(&mut self) {
+        let Some(daemon) = &mut self.daemon else { return };
+        let before = (daemon.in_sync, daemon.resyncing, daemon.members);
+        (daemon.in_sync, daemon.resyncing, daemon.members) = daemon.mirror.replica_sets();
+        let after = (daemon.in_sync, daemon.resyncing, daemon.members);
+        if before != after {
+            self.trace(|| format!("in sync {:?}, resyncing {:?}, members {:?}", after.0, after.1, after.2));
+            self.meta.iter_mut().for_each(MetaView::look_again);
+        }
+    }
+
+    fn schedule_tick(&mut self) {
+        let Some(daemon) = &mut self.daemon else { return };
+        let Some(at) = daemon.mirror.next_deadline() else { return };
+        if daemon.tick_at.is_none_or(|planned| at < planned) {
+            daemon.tick_at = Some(at);
+            let (life, delay) = (daemon.life, at.since(self.now));
+            self.wake_in(delay, Wake::Tick(life));
+        }
+    }
+
+    fn attach(&mut self, id: AdminId, slot: ReplicaSlot) -> Checked {
+        self.trace(|| format!("attach slot {slot}"));
+        let Some(daemon) = &mut self.daemon else { return Ok(()) };
+        let disk = daemon.admins.get(&id.0).copied().flatten();
+        if disk.is_none() || daemon.attached[slot.index()].is_some() {
+            return violated("protocol", format!("attach of slot {slot}: not offered, or slot in use"));
+        }
+        daemon.attached[slot.index()] = disk;
+        Ok(())
+    }
+
+    fn detach(&mut self, slot: ReplicaSlot) -> Checked {
+        self.trace(|| format!("detach slot {slot}"));
+        let Some(daemon) = &mut self.daemon else { return Ok(()) };
+        if daemon.ops.values().any(|op| op.slot == slot) {
+            return violated("protocol", format!("detach of slot {slot} with operations in flight"));
+        }
+        if daemon.attached[slot.index()].take().is_none() {
+            return violated("protocol", format!("detach of slot {slot}, which is not attached"));
+        }
+        Ok(())
+    }
+
+    /// The daemon dies; `cut`: the power goes with it.
+    pub fn crash(&mut self, cut: bool) {
+        self.holders = self.in_sync_disks();
+        let Some(daemon) = self.daemon.take() else { return };
+        self.trace(|| format!("CRASH: {}", if cut { "power cut" } else { "kill" }));
+        for op in daemon.ops.into_values() {
+            self.interrupt(op);
+        }
+        let mode = super::disk::CutMode::from_chance(&mut self.rng);
+        for disk in &mut self.disks {
+            if cut {
+                disk.disk.power_cut(&mut self.rng, mode);
+            } else {
+                disk.disk.process_killed();
+            }
+        }
+        if cut {
+            self.oracle.power_cut();
+        } else {
+            self.oracle.process_killed();
+        }
+        self.meta.iter_mut().for_each(MetaView::forget);
+        self.clients.iter_mut().for_each(Client::forget);
+    }
+
+    /// The disk in `slot`.
+    #[must_use]
+    pub fn disk_of(&self, slot: ReplicaSlot) -> Option<usize> {
+        self.daemon.as_ref().and_then(|daemon| daemon.attached[slot.index()])
+    }
+
+    /// Disks of the replicas in sync.
+    #[must_use]
+    pub fn in_sync_disks(&self) -> Vec<usize> {
+        let Some(daemon) = &self.daemon else { return vec![] };
+        daemon.in_sync.iter().filter_map(|slot| daemon.attached[slot.index()]).collect()
+    }
+}
+
+/// The key of an operation.
+#[must_use]
+pub fn op_key(op: OpId) -> OpKey {
+    op.0
+}
+
+impl Counts {
+    /// Adds another run's.
+    pub fn add(&mut self, other: &Self) {
+        self.events += other.events;
+        self.replies += other.replies;
+        self.errors += other.errors;
+        self.starts += other.starts;
+        self.faults += other.faults;
+        self.device_ops += other.device_ops;
+        self.virtual_ns += other.virtual_ns;
+        self.beyond_repair += other.beyond_repair;
+    }
+}
+
+impl Display for Counts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "{} events, {} device operations, {} replies ({} errors), {} starts, {} faults, {:.1} simulated \
+             hours, {} worlds beyond repair",
+            self.events,
+            self.device_ops,
+            self.replies,
+            self.errors,
+            self.starts,
+            self.faults,
+            self.virtual_ns as f64 / 3.6e12,
+            self.beyond_repair
+        )
+    }
+}

@@ -1,0 +1,10 @@
+//! Tests on the real binary with real clients: kill -9 under load, other people's NBD tools, faulty disks.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
+mod clients;
+mod faults;
+mod fio;
+mod kill;
+mod stand_in;
+#[path = "../support/mod.rs"]
+mod support;
