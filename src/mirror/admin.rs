@@ -137,7 +137,11 @@ impl Mirror {
         if attached {
             self.admin.pending.push(Pending::Removed(id, slot, text));
         } else {
-            self.admin.pending.push(Pending::Forgotten(id, slot, format!("{text} is removed from the volume")));
+            self.admin.pending.push(Pending::Forgotten(
+                id,
+                slot,
+                format!("{text} is removed from the volume"),
+            ));
         }
     }
 
