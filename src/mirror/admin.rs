@@ -36,6 +36,8 @@ pub(super) enum Pending {
     Answer(AdminId, String),
     /// Wipe the removed replica, then answer.
     Removed(AdminId, ReplicaSlot, String),
+    /// Forget what the removed replica missed, then answer.
+    Forgotten(AdminId, ReplicaSlot, String),
 }
 
 /// Commands under way.
@@ -131,13 +133,15 @@ impl Mirror {
         if gone {
             self.replicas[slot.index()] = None;
         }
-        self.drop_stale(slot);
-        self.owe_every_page(ReplicaSet::EMPTY);
         self.meta.dirty = true;
         if attached {
             self.admin.pending.push(Pending::Removed(id, slot, text));
         } else {
-            self.admin.pending.push(Pending::Answer(id, format!("{text} is removed from the volume")));
+            self.admin.pending.push(Pending::Forgotten(
+                id,
+                slot,
+                format!("{text} is removed from the volume"),
+            ));
         }
     }
 
@@ -148,12 +152,28 @@ impl Mirror {
             for pending in std::mem::take(&mut self.admin.pending) {
                 match pending {
                     Pending::Answer(id, text) => self.out.push(Action::AdminDone { id, result: Ok(text) }),
-                    Pending::Removed(id, slot, text) => self.wipe_and_close(id, slot, &text),
+                    Pending::Removed(id, slot, text) => {
+                        self.forget_stale(slot);
+                        self.wipe_and_close(id, slot, &text);
+                    }
+                    Pending::Forgotten(id, slot, text) => {
+                        self.forget_stale(slot);
+                        self.out.push(Action::AdminDone { id, result: Ok(text) });
+                    }
                 }
             }
         }
         if self.admin.stop.is_some() {
             self.pump_stop();
+        }
+    }
+
+    /// The slot's member is gone, durably: what it missed matters no more. Not before: a crash would bring the
+    /// member back without its stale bits. (A new member in the slot misses everything anyway.)
+    fn forget_stale(&mut self, slot: ReplicaSlot) {
+        if !self.members().contains(slot) {
+            self.drop_stale(slot);
+            self.owe_every_page(ReplicaSet::EMPTY);
         }
     }
 

@@ -264,7 +264,12 @@ impl Mirror {
             for slot in slots.iter() {
                 self.pages.owe(index, slot);
             }
-            self.touch_page(index, true);
+            if slots.is_empty() {
+                self.touch_page(index, true);
+            } else {
+                // The stale bits come before the superblock that calls the replica current.
+                self.settle_page(index);
+            }
         }
     }
 

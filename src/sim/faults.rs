@@ -343,11 +343,13 @@ impl World {
         let all: Vec<usize> = (0..self.disks.len()).collect();
         let (left, right) = all.split_at(1 + self.rng.below(all.len() as u64 - 1) as usize);
         self.chaos = false;
+        self.split = true;
         let before = self.oracle.clone();
         self.run_side(left)?;
         let left_oracle = std::mem::replace(&mut self.oracle, before);
         self.run_side(right)?;
         self.chaos = true;
+        self.split = false;
         if let Ok((assembly, _)) = self.assemble(&all) {
             let (in_sync, resync) = (assembly.in_sync, assembly.resync);
             return violated(

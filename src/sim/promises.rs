@@ -51,6 +51,11 @@ impl MetaView {
         self.found.as_ref().is_none_or(|found| found.maps.intent[region.index()])
     }
 
+    fn counts_in_sync(&self, slot: ReplicaSlot) -> bool {
+        let member = self.found.as_ref().and_then(|found| found.superblock.members[slot.index()].as_ref());
+        member.is_some_and(|member| member.state == MemberState::InSync)
+    }
+
     fn stale(&self, slot: ReplicaSlot, region: RegionIndex) -> bool {
         self.found.as_ref().is_none_or(|found| found.maps.stale[slot.index()][region.index()])
     }
@@ -97,7 +102,8 @@ impl World {
     }
 
     /// Promise 1: no data write reaches any replica before its region's intent bit is durable on every in-sync
-    /// replica. (A copy to a replica that is not in sync may rely on that replica's stale bit instead.)
+    /// replica. (A copy to a replica that is not in sync may rely on that replica's stale bit instead, or on not
+    /// being counted as in sync.)
     pub(super) fn promise_1_intent_before_data(&mut self, op: &Op) -> Checked {
         if !op.writes() || op.range.offset >= self.plan.volume_bytes {
             return Ok(());
@@ -107,7 +113,8 @@ impl World {
             self.refresh_meta(disk)?;
             let view = &self.meta[disk];
             for region in self.data_regions(op.range) {
-                if !(view.intent(region) || !in_sync && view.stale(op.slot, region)) {
+                let counts = in_sync || view.counts_in_sync(op.slot);
+                if counts && !view.intent(region) && (in_sync || !view.stale(op.slot, region)) {
                     return violated(
                         "promise_1_intent_before_data",
                         format!("write to slot {} in region {}: no bit on disk {disk}", op.slot, region.0),
@@ -174,10 +181,11 @@ impl World {
         if resyncing {
             return stale || pending.asked == Asked::Trim || self.has_data(slot, pending);
         }
-        let higher = self.meta.iter().filter_map(|view| view.found.as_ref()).all(|other| {
-            other.superblock.own_entry().is_none_or(|own| own.uuid != member.uuid)
-                || other.superblock.event_count < found.superblock.event_count
-        });
+        let higher = self.split
+            || self.meta.iter().filter_map(|view| view.found.as_ref()).all(|other| {
+                other.superblock.own_entry().is_none_or(|own| own.uuid != member.uuid)
+                    || other.superblock.event_count < found.superblock.event_count
+            });
         stale && higher
     }
 

@@ -160,6 +160,10 @@ fn settle(world: &mut World) -> Checked {
     let end = world.now.plus(limit);
     loop {
         let Some(daemon) = &world.daemon else { return violated("liveness", "the daemon is gone") };
+        if !is_well(world) {
+            heal(world)?; // a lost flush may show only now
+            continue;
+        }
         let status = daemon.mirror.status(world.now);
         if status.dirty_bytes == 0 && status.unsynced_bytes == 0 {
             return Ok(());
