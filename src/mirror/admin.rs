@@ -193,6 +193,7 @@ impl Mirror {
     fn pump_stop(&mut self) {
         let Some((id, stage)) = self.admin.stop else { return };
         let next = match stage {
+            StopStage::Stopped(_) => return,
             StopStage::Draining if !self.open && self.broken => StopStage::Stopped(false),
             StopStage::Draining if !self.open || !self.drained() => return,
             StopStage::Draining if self.config.read_only => StopStage::Stopped(true),

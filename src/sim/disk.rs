@@ -342,12 +342,6 @@ impl Disk {
     pub fn image(&self) -> &Image {
         &self.cached
     }
-
-    /// The durable image's blocks.
-    #[must_use]
-    pub fn durable_image(&self) -> &Image {
-        &self.durable
-    }
 }
 
 fn put_sectors(image: &mut Image, block: u64, sectors: u8, content: Option<&[u8; BLOCK]>) {
