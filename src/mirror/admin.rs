@@ -230,6 +230,7 @@ impl Mirror {
     fn drained(&self) -> bool {
         self.admin.preparing.is_empty()
             && self.tasks.len() == 0
+            && self.counters.in_flight == 0
             && self.held.is_empty()
             && self.held_flushes.is_empty()
     }

@@ -171,10 +171,25 @@ impl Mirror {
 
     /// With one in-sync replica there is nothing to differ from.
     fn forget_unsynced_if_alone(&mut self) {
-        if self.in_sync.len() < 2 && self.unsynced_count > 0 {
-            self.unsynced.fill(false);
-            self.unsynced_count = 0;
-            self.wake_all_sync_waiters();
+        if self.in_sync.len() >= 2 || self.unsynced_count == 0 {
+            return;
+        }
+        let unsynced: Vec<usize> = self.unsynced.iter_ones().collect();
+        for index in unsynced {
+            let region = RegionIndex(index as u64);
+            // A copy into it may be in flight still: reads wait until that has landed (`job_end`).
+            if !self.resync.active.contains_key(&region) {
+                self.forget_unsynced(region);
+            }
+        }
+    }
+
+    /// Copies of `region` do not differ (any more).
+    pub(super) fn forget_unsynced(&mut self, region: RegionIndex) {
+        if self.unsynced[region.index()] {
+            self.unsynced.set(region.index(), false);
+            self.unsynced_count -= 1;
+            self.wake_waiters(region, JobEnd::Done);
         }
     }
 
@@ -289,6 +304,13 @@ impl Mirror {
         }
         self.head.event_count = commit.event_count;
         for slot in commit.joining.intersection(commit.ok).iter() {
+            if self.stale_count[slot.index()] > 0 {
+                // A write failed on it while the commit was in flight: it is recorded as in sync and is not.
+                self.replica_mut(slot).member.state = MemberState::Resyncing;
+                self.begin_generation();
+                self.meta.dirty = true;
+                continue;
+            }
             self.resyncing.remove(slot);
             self.in_sync.insert(slot);
             let replica = self.replica_mut(slot);
@@ -346,13 +368,5 @@ impl Mirror {
     /// Whether a region copy writes to the replica in `slot`.
     fn is_job_target(&self, slot: ReplicaSlot) -> bool {
         self.resync.active.values().any(|task| self.job(*task).is_some_and(|job| job.targets.contains(slot)))
-    }
-
-    /// Wakes everybody who waits for a region's sync.
-    fn wake_all_sync_waiters(&mut self) {
-        let waiters = std::mem::take(&mut self.resync.waiters);
-        for (_, tasks) in waiters {
-            self.work.extend(tasks.into_iter().map(|task| Work::SyncEnded(task, JobEnd::Done)));
-        }
     }
 }

@@ -420,12 +420,16 @@ impl Mirror {
             let text = format!("bytes {}..{} can be read from no in-sync replica", range.offset, range.end());
             self.notice(NoticeLevel::Error, text);
         }
+        if self.in_sync.len() < 2 {
+            // The replica it may have differed from is gone; what was copied so far stays.
+            self.forget_unsynced(job.region);
+        }
         self.unlock(job.lock);
         self.wake_waiters(job.region, end);
         self.work.push_back(Work::Pump);
     }
 
-    fn wake_waiters(&mut self, region: RegionIndex, end: JobEnd) {
+    pub(super) fn wake_waiters(&mut self, region: RegionIndex, end: JobEnd) {
         if let Some(tasks) = self.resync.waiters.remove(&region) {
             self.work.extend(tasks.into_iter().map(|task| Work::SyncEnded(task, end)));
         }

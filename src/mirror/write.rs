@@ -160,7 +160,7 @@ impl Mirror {
             self.write_intent(key);
             return;
         }
-        if self.any_unsynced(span) {
+        if self.any_unsynced(span) && !planted(Bug::ReadStaleSide) {
             // It became so while this waited. Waiting for a sync with the lock held could wait for ever.
             let Some(lock) = self.write_task(key).lock.take() else { unreachable!("granted just now") };
             self.unlock(lock);
