@@ -23,7 +23,11 @@ const REGRESSIONS: &[(u64, &str)] = &[
 ];
 
 /// Runs `seeds` on all cores until one fails, and gives the first failures in order of seeds.
-fn failures(seeds: impl Iterator<Item = u64> + Send, bug: Option<Bug>, until_first: bool) -> Vec<(u64, String)> {
+fn failures(
+    seeds: impl Iterator<Item = u64> + Send,
+    bug: Option<Bug>,
+    until_first: bool,
+) -> Vec<(u64, String)> {
     let seeds = Mutex::new(seeds);
     let found = Mutex::new(Vec::new());
     let threads = std::thread::available_parallelism().map_or(2, usize::from);

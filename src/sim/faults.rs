@@ -178,11 +178,14 @@ impl World {
         let lone = |victim: &usize| self.holders.iter().all(|holder| holder == victim);
         if let Some(victim) = victim.filter(|victim| !self.disks[*victim].gone && !lone(victim)) {
             self.holders.retain(|holder| *holder != victim);
+            let starts = self.counts.starts;
             let copy = self.disks[victim].disk.snapshot();
+            // History goes back a number of generations; an older copy is refused (rightly).
+            self.disks[victim].copies.retain(|(taken, _)| starts - taken < 12);
             if self.rng.per_mille(rates.old_copy) && !self.disks[victim].copies.is_empty() {
                 let which = self.rng.below(self.disks[victim].copies.len() as u64) as usize;
                 self.trace(|| format!("disk {victim}: an old copy is put back"));
-                let old = self.disks[victim].copies[which].clone();
+                let old = self.disks[victim].copies[which].1.clone();
                 self.disks[victim].disk.put_back(old);
             } else if self.rng.per_mille(rates.blank) {
                 self.trace(|| format!("disk {victim}: replaced by a blank one"));
@@ -191,7 +194,7 @@ impl World {
                 self.rot(victim);
             }
             if self.disks[victim].copies.len() < 3 {
-                self.disks[victim].copies.push(copy);
+                self.disks[victim].copies.push((starts, copy));
             }
             forgotten = self.rng.per_mille(rates.forgotten).then_some(victim);
         }
@@ -345,6 +348,7 @@ impl World {
         let all: Vec<usize> = (0..self.disks.len()).collect();
         let (left, right) = all.split_at(1 + self.rng.below(all.len() as u64 - 1) as usize);
         self.chaos = false;
+        self.disks.iter_mut().for_each(|disk| (disk.gone, disk.full) = (false, false));
         self.split = true;
         let before = self.oracle.clone();
         self.run_side(left)?;

@@ -130,6 +130,9 @@ impl World {
     pub(super) fn promise_2_failure_before_ack(&mut self, id: u64, pending: &Pending) -> Checked {
         let name = "promise_2_failure_before_ack";
         let Some(daemon) = &self.daemon else { return Ok(()) };
+        if pending.range.is_empty() {
+            return Ok(());
+        }
         let cheap = daemon.attached.iter().flatten().all(|disk| self.disks[*disk].traits.cheap_zero);
         if pending.asked == Asked::Trim && (!cheap || pending.range.shrunk_to(BLOCK_BYTES).is_empty()) {
             return Ok(()); // nothing was touched

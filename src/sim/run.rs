@@ -161,6 +161,7 @@ fn offer_spares(world: &mut World) -> Checked {
 /// Liveness: without writes every intent bit is cleared.
 fn settle(world: &mut World) -> Checked {
     let limit = 20 * world.plan.intent_idle_ns + 120 * SECOND_NS;
+    world.run_until(6 * SECOND_NS, |_| false)?; // what failed before is tried again
     let step = world.plan.intent_idle_ns / 2 + SECOND_NS / 10;
     let end = world.now.plus(limit);
     loop {

@@ -73,8 +73,8 @@ pub struct SimDisk {
     pub full: bool,
     /// This many times slower than the others.
     pub slow_factor: u64,
-    /// Earlier contents, for putting an old copy back.
-    pub copies: Vec<Image>,
+    /// Earlier contents with the number of starts before, for putting an old copy back.
+    pub copies: Vec<(u64, Image)>,
 }
 
 /// A running daemon.
@@ -287,7 +287,7 @@ impl World {
         let mut steps = 0u64;
         while !done(self) {
             steps += 1;
-            if self.now > limit || steps > 5_000_000 || !self.step()? {
+            if self.now > limit || steps > 1_000_000 || !self.step()? {
                 return Ok(done(self));
             }
         }
@@ -362,7 +362,14 @@ impl World {
         let after = (daemon.in_sync, daemon.resyncing, daemon.members);
         if before != after {
             self.trace(|| format!("in sync {:?}, resyncing {:?}, members {:?}", after.0, after.1, after.2));
-            self.meta.iter_mut().for_each(MetaView::look_again);
+            let in_sync = self.in_sync_disks();
+            for (disk, view) in self.meta.iter_mut().enumerate() {
+                if in_sync.contains(&disk) {
+                    view.look_again();
+                } else {
+                    view.forget();
+                }
+            }
         }
     }
 
