@@ -1,4 +1,5 @@
 //! The engine on real files, spoken to by sockets in the transmission phase: what a client can see.
+#![allow(clippy::unwrap_used, reason = "a test")]
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -410,6 +411,78 @@ fn a_stop_answers_what_is_in_flight_and_leaves_a_clean_volume() {
     assert_eq!(status.volume.unclean_bytes_at_start, 0);
     assert_eq!(status.replicas.iter().flatten().count(), 2);
     world.stop();
+}
+
+#[test]
+fn a_stop_does_not_wait_for_ever_for_clients_that_do_not_read() {
+    let world = World::new(MEMORY_BYTES_MAX_DEFAULT);
+    let mut deaf = world.connect();
+    for cookie in 0..20 {
+        deaf.send(READ, 0, cookie, 0, 1 << 20, &[]);
+    }
+    let mut unfinished = world.connect();
+    unfinished.send(WRITE, 0, 1, 0, 1 << 20, &[1; 100_000]);
+    std::thread::sleep(Duration::from_millis(100));
+    let before = std::time::Instant::now();
+    let (_dir, report, _) = world.stop();
+    assert!(report.clean, "{}", report.message);
+    assert!((5..20).contains(&before.elapsed().as_secs()));
+}
+
+#[test]
+fn a_connection_that_was_idle_goes_on() {
+    let world = World::new(MEMORY_BYTES_MAX_DEFAULT);
+    let mut client = world.connect();
+    for _ in 0..3 {
+        for block in 0..50 {
+            client.send(WRITE, 0, block, block * 4096, 4096, &pattern(4096, block));
+        }
+        for _ in 0..50 {
+            assert_eq!(client.reply().1, 0);
+        }
+        std::thread::sleep(Duration::from_millis(4200)); // its large buffer is taken back
+        assert!(client.read(7 * 4096, 4096) == pattern(4096, 7));
+    }
+    world.stop();
+}
+
+#[test]
+fn a_replica_leaves_and_comes_back_while_a_client_writes() {
+    let world = World::new(MEMORY_BYTES_MAX_DEFAULT);
+    let mut client = world.connect();
+    client.write(0, &pattern(100_000, 1));
+    let failed = world.engine.handle.admin(AdminRequest::Fail(ReplicaSlot::new(1)));
+    failed.blocking_recv().unwrap().unwrap();
+    client.write(50_000, &pattern(100_000, 2));
+    // Detached: its lock is free.
+    let open = || ReplicaDevice::open(&world.dir.path().join("b"), Access::ReadWrite);
+    let device = (0..400)
+        .find_map(|_| {
+            std::thread::sleep(Duration::from_millis(5));
+            open().ok()
+        })
+        .unwrap();
+    let found = read_found("b", device.traits.device_bytes, &mut |offset, bytes: &mut [u8]| {
+        device.read_at(offset, bytes)
+    })
+    .unwrap();
+    let add = AdminRequest::Add { device, found, force: false, fresh_uuid: Uuid::new_v4() };
+    let added = world.engine.handle.admin(add);
+    client.write(200_000, &pattern(100_000, 3));
+    added.blocking_recv().unwrap().unwrap();
+    let in_sync = || {
+        let status = world.engine.handle.status().blocking_recv().unwrap();
+        status.volume.health == nbdmirror::mirror::status::Health::Healthy
+    };
+    assert!((0..2000).any(|_| {
+        std::thread::sleep(Duration::from_millis(5));
+        in_sync()
+    }));
+    client.write(300_000, &pattern(100_000, 4));
+    let (_dir, report, data) = world.stop();
+    assert!(report.clean, "{}", report.message);
+    assert!(data[50_000..150_000] == pattern(100_000, 2));
+    assert!(data[300_000..400_000] == pattern(100_000, 4));
 }
 
 #[test]

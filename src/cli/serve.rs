@@ -9,7 +9,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use clap::Args;
 use tracing_subscriber::EnvFilter;
@@ -27,7 +27,7 @@ use crate::control::runtime_dir::{CONTROL_SUFFIX, NBD_SUFFIX, check_volume_name,
 use crate::control::{self, ControlConfig};
 use crate::engine::availability::check_io_uring;
 use crate::engine::device::{Access, ReplicaDevice};
-use crate::engine::{EngineConfig, MEMORY_BYTES_MAX_DEFAULT};
+use crate::engine::{EngineConfig, EngineHandle, EngineStatus, MEMORY_BYTES_MAX_DEFAULT};
 use crate::format::Assembly;
 use crate::format::assemble::{AssembleOptions, assemble};
 use crate::mirror::MirrorConfig;
@@ -36,6 +36,10 @@ use crate::units::{REPLICAS_MAX, ReplicaSet, ReplicaSlot, SECOND_NS};
 
 const INTENT_IDLE_NS: u64 = 5 * SECOND_NS;
 const RESYNC_JOBS_MAX: usize = 4;
+
+/// To record that the volume is open takes two small durable writes on each replica.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
+const OPEN_POLL: Duration = Duration::from_millis(1);
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -256,9 +260,7 @@ impl Serve {
         };
         let config = EngineConfig { mirror, assembly, devices, memory_bytes_max: self.memory };
         let engine = crate::engine::start(config).map_err(|error| Failure::new(error.to_string()))?;
-        let status = engine.handle.status().blocking_recv().map_err(|_| {
-            Failure::new("the engine ended as soon as it was started").hint("the log says why")
-        })?;
+        let status = wait_until_open(&engine.handle)?;
         let listen_uris: Vec<String> =
             sockets.listeners.iter().map(|listener| banner::uri(&listener.place(), &export.name)).collect();
         let places: Vec<_> = sockets.listeners.iter().map(Listener::place).collect();
@@ -280,6 +282,26 @@ impl Serve {
             .hint("the log says why; the next start resyncs the regions concerned"));
         }
         print("Stopped, clean.\n")
+    }
+}
+
+/// The status as soon as requests and commands are taken; or as it is, where that takes too long.
+fn wait_until_open(engine: &EngineHandle) -> Result<EngineStatus, Failure> {
+    let began = Instant::now();
+    loop {
+        let status = engine.status().blocking_recv().map_err(|_| {
+            Failure::new("the engine ended as soon as it was started").hint("the log says why")
+        })?;
+        if status.open {
+            return Ok(status);
+        }
+        if began.elapsed() > OPEN_TIMEOUT {
+            tracing::warn!(
+                "the replicas take long to record that the volume is open; clients wait until then"
+            );
+            return Ok(status);
+        }
+        std::thread::sleep(OPEN_POLL);
     }
 }
 

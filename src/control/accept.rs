@@ -9,14 +9,14 @@
 //! be overtaken by a client, which would be lost, and tokio-uring's own Unix listener sets SO_REUSEPORT, which
 //! Linux refuses on Unix sockets since 6.13. Everything that moves bytes goes through the ring.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::socket::{setsockopt, sockopt};
 use tokio::sync::oneshot;
@@ -33,6 +33,8 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 const HANDSHAKES_MAX: usize = 256;
 /// After an error of accept (no descriptors left, no memory) nothing is accepted for this long.
 const ACCEPT_BACK_OFF: Duration = Duration::from_millis(100);
+/// Shortest time between two complaints about too many handshakes.
+const COMPLAIN_EVERY: Duration = Duration::from_secs(10);
 /// A TCP client that vanished without a word is noticed after about two minutes.
 const KEEPALIVE_IDLE_S: u32 = 60;
 const KEEPALIVE_INTERVAL_S: u32 = 15;
@@ -115,7 +117,9 @@ fn from_tcp(stream: tokio::net::TcpStream) -> io::Result<OwnedFd> {
 #[derive(Default)]
 pub(super) struct Handshakes {
     running: RefCell<VecDeque<(u64, oneshot::Sender<()>)>>,
-    next: RefCell<u64>,
+    next: Cell<u64>,
+    /// When it was last said that there are too many: a flood of clients is not to flood the log.
+    complained: Cell<Option<Instant>>,
 }
 
 impl Handshakes {
@@ -131,16 +135,23 @@ impl Handshakes {
     fn begin(&self) -> (u64, oneshot::Receiver<()>) {
         let mut running = self.running.borrow_mut();
         if running.len() >= HANDSHAKES_MAX {
-            tracing::warn!(
-                "{HANDSHAKES_MAX} clients are in the middle of their handshake: the oldest is dropped"
-            );
             running.pop_front();
+            self.complain();
         }
         let (sender, receiver) = oneshot::channel();
-        let id = *self.next.borrow();
-        *self.next.borrow_mut() += 1;
+        let id = self.next.get();
+        self.next.set(id + 1);
         running.push_back((id, sender));
         (id, receiver)
+    }
+
+    fn complain(&self) {
+        if self.complained.get().is_none_or(|last| last.elapsed() >= COMPLAIN_EVERY) {
+            self.complained.set(Some(Instant::now()));
+            tracing::warn!(
+                "{HANDSHAKES_MAX} clients are in the middle of their handshake: the oldest are dropped"
+            );
+        }
     }
 
     fn end(&self, id: u64) {

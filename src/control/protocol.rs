@@ -80,6 +80,8 @@ pub struct VolumeStatus {
 /// The engine that runs a volume.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EngineFigures {
+    /// Requests and commands are taken; false for a moment after the start.
+    pub open: bool,
     /// Clients connected.
     pub connections: u64,
     /// Memory held for requests' payload, bytes.
@@ -103,14 +105,14 @@ impl VolumeStatus {
     /// Put together from what the daemon and its engine say.
     #[must_use]
     pub fn new(daemon: DaemonStatus, engine: EngineStatus) -> Self {
-        let EngineStatus { volume, connections, memory_bytes, replicas } = engine;
+        let EngineStatus { open, volume, connections, memory_bytes, replicas } = engine;
         let device = |(slot, device): (usize, _)| {
             let crate::engine::DeviceStatus { direct, kind } = device;
             DeviceFigures { slot, direct, kind }
         };
-        let open = replicas.into_iter().enumerate().filter_map(|(slot, device)| Some((slot, device?)));
-        let devices = open.map(device).collect();
-        let engine = EngineFigures { connections: connections as u64, memory_bytes, devices };
+        let attached = replicas.into_iter().enumerate().filter_map(|(slot, device)| Some((slot, device?)));
+        let devices = attached.map(device).collect();
+        let engine = EngineFigures { open, connections: connections as u64, memory_bytes, devices };
         Self { schema: STATUS_SCHEMA, daemon, engine, volume }
     }
 

@@ -94,6 +94,7 @@ impl DataPlane {
             replicas[slot.index()] = Some(DeviceStatus { direct: device.direct, kind: device.kind });
         }
         EngineStatus {
+            open: self.mirror.is_open(),
             volume: self.mirror.status(self.now),
             connections: self.clients.len(),
             memory_bytes: (self.pool.used_bytes() + self.pool.kept_bytes()) as u64,

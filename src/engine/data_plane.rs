@@ -46,6 +46,8 @@ pub(super) struct Pending {
     pub cookie: u64,
     /// What it is charged.
     pub cost: u64,
+    /// Bytes that a successful reply carries.
+    pub read_bytes: u64,
 }
 
 /// Everything the thread owns.
@@ -209,12 +211,16 @@ impl DataPlane {
                 let Some(pending) = self.requests.remove(Key::from_u64(id)) else {
                     unreachable!("the core answers each request once")
                 };
-                let Pending { connection, cookie, cost } = pending;
+                let Pending { connection, cookie, cost, read_bytes } = pending;
                 let Some(client) = self.clients.get(connection) else {
                     unreachable!("a connection is kept while it has requests")
                 };
                 let (status, payload) = match result {
-                    Ok(payload) => (Ok(()), payload),
+                    Ok(payload) => {
+                        // Anything else would put the client's stream out of step.
+                        assert!(payload.as_ref().map_or(0, |payload| payload.len as u64) == read_bytes);
+                        (Ok(()), payload)
+                    }
                     Err(error) => (Err(nbd_error(error)), None),
                 };
                 let header = client.session.encode_reply(cookie, status);

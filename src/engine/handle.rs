@@ -92,11 +92,13 @@ pub enum AdminRequest {
 /// What the engine says of itself and its volume.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct EngineStatus {
+    /// Requests and commands are taken: the opening superblock commits are durable.
+    pub open: bool,
     /// The volume.
     pub volume: Status,
     /// Client connections.
     pub connections: usize,
-    /// Payload memory in use, bytes.
+    /// Payload memory in use or kept for reuse, bytes.
     pub memory_bytes: u64,
     /// How the replicas' devices are used, by slot; `None` where no device is open.
     pub replicas: [Option<DeviceStatus>; REPLICAS_MAX],
@@ -199,7 +201,7 @@ impl EngineHandle {
     }
 
     /// Stops in order: no request is read any more, those in flight are answered, replies are sent (a client that
-    /// does not take them within `SEND_NS_MAX` loses them), the volume is flushed and marked clean, connections
+    /// does not take them within 5 s loses them), the volume is flushed and marked clean, connections
     /// are closed. The answer comes when that is done. May be asked more than once.
     #[must_use]
     pub fn stop(&self) -> oneshot::Receiver<StopReport> {

@@ -8,11 +8,11 @@ use io_uring::types::Fd;
 use nix::errno::Errno;
 
 use super::client::{Incoming, Next};
-use super::data_plane::DataPlane;
+use super::data_plane::{DataPlane, Pending};
 use super::operation::Operation;
 use super::slab::Key;
 use crate::buffer::Buffer;
-use crate::mirror::event::{Event, RequestId};
+use crate::mirror::event::{Event, Request, RequestId};
 use crate::units::SECOND_NS;
 
 /// Receive buffer of a connection that is idle or moves large payloads, bytes.
@@ -118,7 +118,11 @@ impl DataPlane {
             match next {
                 Next::Request { cookie, request, cost } => {
                     at_front = false;
-                    let pending = super::data_plane::Pending { connection: key, cookie, cost };
+                    let read_bytes = match &request {
+                        Request::Read { range } => range.len,
+                        _ => 0,
+                    };
+                    let pending = Pending { connection: key, cookie, cost, read_bytes };
                     let id = RequestId(self.requests.insert(pending).to_u64());
                     self.feed(Event::Request { id, request });
                 }

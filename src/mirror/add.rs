@@ -222,6 +222,11 @@ impl Mirror {
         self.admin.preparing.iter().any(|preparing| preparing.slot == slot)
     }
 
+    /// The slots of replicas that `add` is still preparing.
+    pub(super) fn slots_being_prepared(&self) -> ReplicaSet {
+        self.admin.preparing.iter().map(|preparing| preparing.slot).collect()
+    }
+
     /// Takes in candidates that waited for requests with a smaller alignment to end.
     pub(super) fn pump_waiting_candidates(&mut self) {
         if self.admin.waiting.is_empty() || !self.alignment_is_free() {

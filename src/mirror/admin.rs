@@ -8,7 +8,7 @@
 //! ```
 
 use super::add::Preparing;
-use super::event::{Action, AdminCommand, AdminError, AdminId, Candidate, RequestId};
+use super::event::{Action, AdminCommand, AdminError, AdminId, Candidate, RequestError, RequestId};
 use super::flush::FlushOwner;
 use super::ops::OpOwner;
 use super::{Mirror, Work};
@@ -36,6 +36,8 @@ pub(super) enum Pending {
     Answer(AdminId, String),
     /// Wipe the removed replica, then answer.
     Removed(AdminId, ReplicaSlot, String),
+    /// Forget what the removed replica missed, then answer.
+    Forgotten(AdminId, ReplicaSlot, String),
 }
 
 /// Commands under way.
@@ -83,7 +85,12 @@ impl Mirror {
             AdminCommand::Fail(slot) => self.admin_fail(id, slot),
             AdminCommand::Add(candidate) => self.admin_add(id, candidate),
             AdminCommand::Remove(slot) => self.admin_remove(id, slot),
-            AdminCommand::Stop => self.admin.stop = Some((id, StopStage::Draining)),
+            AdminCommand::Stop => {
+                self.admin.stop = Some((id, StopStage::Draining));
+                for (id, _) in std::mem::take(&mut self.early) {
+                    self.reply(id, Err(RequestError::Stopping));
+                }
+            }
         }
     }
 
@@ -134,13 +141,15 @@ impl Mirror {
         if gone {
             self.replicas[slot.index()] = None;
         }
-        self.drop_stale(slot);
-        self.owe_every_page(ReplicaSet::EMPTY);
         self.meta.dirty = true;
         if attached {
             self.admin.pending.push(Pending::Removed(id, slot, text));
         } else {
-            self.admin.pending.push(Pending::Answer(id, format!("{text} is removed from the volume")));
+            self.admin.pending.push(Pending::Forgotten(
+                id,
+                slot,
+                format!("{text} is removed from the volume"),
+            ));
         }
     }
 
@@ -151,12 +160,28 @@ impl Mirror {
             for pending in std::mem::take(&mut self.admin.pending) {
                 match pending {
                     Pending::Answer(id, text) => self.out.push(Action::AdminDone { id, result: Ok(text) }),
-                    Pending::Removed(id, slot, text) => self.wipe_and_close(id, slot, &text),
+                    Pending::Removed(id, slot, text) => {
+                        self.forget_stale(slot);
+                        self.wipe_and_close(id, slot, &text);
+                    }
+                    Pending::Forgotten(id, slot, text) => {
+                        self.forget_stale(slot);
+                        self.out.push(Action::AdminDone { id, result: Ok(text) });
+                    }
                 }
             }
         }
         if self.admin.stop.is_some() {
             self.pump_stop();
+        }
+    }
+
+    /// The slot's member is gone, durably: what it missed matters no more. Not before: a crash would bring the
+    /// member back without its stale bits. (A new member in the slot misses everything anyway.)
+    fn forget_stale(&mut self, slot: ReplicaSlot) {
+        if !self.members().contains(slot) {
+            self.drop_stale(slot);
+            self.owe_every_page(ReplicaSet::EMPTY);
         }
     }
 
@@ -176,6 +201,7 @@ impl Mirror {
     fn pump_stop(&mut self) {
         let Some((id, stage)) = self.admin.stop else { return };
         let next = match stage {
+            StopStage::Draining if !self.open && self.broken => StopStage::Stopped(false),
             StopStage::Draining if !self.open || !self.drained() => return,
             StopStage::Draining if self.config.read_only => StopStage::Stopped(true),
             StopStage::Draining => {
@@ -190,7 +216,7 @@ impl Mirror {
                 StopStage::Superblock
             }
             StopStage::Superblock if self.settled() => StopStage::Stopped(self.meta.clean),
-            _ if self.broken => StopStage::Stopped(false),
+            _ if self.broken || self.pages.failing => StopStage::Stopped(false),
             _ => return,
         };
         self.admin.stop = Some((id, next));

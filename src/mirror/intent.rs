@@ -77,6 +77,8 @@ pub(super) struct Pages {
     owed: [usize; REPLICAS_MAX],
     /// When pages that nobody waits for are committed.
     lazy_at: Option<Nanos>,
+    /// The last commit that ended was taken by no in-sync replica.
+    pub(super) failing: bool,
 }
 
 impl Pages {
@@ -88,6 +90,7 @@ impl Pages {
             settling: 0,
             owed: [0; REPLICAS_MAX],
             lazy_at: None,
+            failing: false,
         }
     }
 
@@ -261,7 +264,12 @@ impl Mirror {
             for slot in slots.iter() {
                 self.pages.owe(index, slot);
             }
-            self.touch_page(index, true);
+            if slots.is_empty() {
+                self.touch_page(index, true);
+            } else {
+                // The stale bits come before the superblock that calls the replica current.
+                self.settle_page(index);
+            }
         }
     }
 
@@ -374,6 +382,7 @@ impl Mirror {
             self.page_commit_failed(index, commit);
             return;
         }
+        self.pages.failing = false;
         for (slot, errno) in commit.failed {
             self.fail_on_error(slot, errno, "a bitmap page could not be written");
         }
@@ -403,6 +412,7 @@ impl Mirror {
     /// No in-sync replica took the page: what waited for it fails, and it is tried again.
     fn page_commit_failed(&mut self, index: usize, commit: Commit) {
         let errno = commit.failed.first().map_or(Errno::EIO, |(_, errno)| *errno);
+        self.pages.failing = true;
         let page = &mut self.pages.pages[index];
         let settling = page.settle && commit.settle;
         page.settle |= commit.settle;

@@ -178,6 +178,11 @@ impl Mirror {
         if self.meta.retry_at.is_some_and(|at| at > self.now) {
             return;
         }
+        // Stale bits first: a superblock that calls a replica current by its event count, durable before the map of
+        // what that replica misses, would make the next start take it for up to date.
+        if !self.pages.settled() {
+            return;
+        }
         let joining = self.ready_to_join();
         if !self.meta.dirty && joining.is_empty() {
             return;

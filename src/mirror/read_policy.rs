@@ -180,7 +180,7 @@ impl ReadPolicy {
             let stats = &self.stats[slot.index()];
             // Latencies within a quarter of each other are taken as equal: the load decides.
             let ns = stats.latency_ns[class].max(1);
-            let ns = if ns <= least + least / 4 { least.max(1) } else { ns };
+            let ns = if ns <= least.saturating_add(least / 4) { least.max(1) } else { ns };
             (ns.saturating_mul(stats.load() + 1), stats.chosen_at)
         };
         let chosen = fast.iter().min_by_key(|slot| cost(*slot));

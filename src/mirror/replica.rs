@@ -100,10 +100,13 @@ impl Mirror {
         replica
     }
 
-    /// Works out the alignment that every active replica can do.
+    /// Works out the alignment that every active replica can do, and every candidate that is about to be one.
     pub(super) fn refresh_alignment(&mut self) {
-        let aligns = self.active().iter().map(|slot| u64::from(self.replica(slot).traits.io_align));
-        self.io_align = aligns.max().unwrap_or(1).max(1);
+        let coming = self.slots_being_prepared();
+        let slots = self.active().union(coming);
+        let aligns = slots.iter().map(|slot| u64::from(self.replica(slot).traits.io_align));
+        let waiting = self.admin.waiting.iter().map(|(_, candidate)| u64::from(candidate.traits.io_align));
+        self.io_align = aligns.chain(waiting).max().unwrap_or(1).max(1);
     }
 
     /// Whether every active replica can zero without writing.

@@ -155,6 +155,10 @@ impl Mirror {
             }
             self.wake_waiters(region, JobEnd::Done);
         }
+        if self.stopping() {
+            // Only what a request in flight waits for; the rest is left to the next start.
+            return None;
+        }
         let start = self.resync.cursor;
         self.scan(start, self.regions.count()).or_else(|| self.scan(0, start))
     }
@@ -180,7 +184,7 @@ impl Mirror {
 
     /// Starts jobs while there are regions to copy and room for jobs.
     pub(super) fn pump_resync(&mut self) {
-        if !self.open || self.stopping() || self.config.read_only || self.in_sync.is_empty() {
+        if !self.open || self.config.read_only || self.in_sync.is_empty() {
             return;
         }
         if !self.resync.backoff.is_empty() {

@@ -79,8 +79,7 @@ impl World {
 
     /// Puts a blank disk in the place of another one.
     pub(super) fn replace_disk(&mut self, index: usize) {
-        let bytes =
-            Layout::device_bytes_min(self.regions()) + self.rng.pick(&[0, 0, 2]) * BLOCK_BYTES;
+        let bytes = Layout::device_bytes_min(self.regions()) + self.rng.pick(&[0, 0, 2]) * BLOCK_BYTES;
         let (io_align, slow) = (self.disks[index].traits.io_align, self.disks[index].slow_factor);
         self.add_disk(bytes, io_align, slow);
         let last = self.disks.len() - 1;

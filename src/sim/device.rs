@@ -62,7 +62,9 @@ impl Op {
         let (at, len) = (self.range.offset, self.range.len);
         match &self.kind {
             Kind::Read(_) => format!("read {at}+{len}"),
-            Kind::Write { durable, .. } => format!("write {at}+{len}{}", if *durable { " durable" } else { "" }),
+            Kind::Write { durable, .. } => {
+                format!("write {at}+{len}{}", if *durable { " durable" } else { "" })
+            }
             Kind::Zero(_) => format!("zero {at}+{len}"),
             Kind::Flush(_) => "flush".to_owned(),
             Kind::ProbeHole => format!("probe {at}+{len}"),

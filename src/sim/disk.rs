@@ -122,13 +122,7 @@ impl Disk {
 
     /// Writes `data` at `offset` into the cached view, but only the sectors that `keep` says (by index
     /// within the disk).
-    pub fn apply(
-        &mut self,
-        write: WriteSeq,
-        offset: u64,
-        data: &[u8],
-        mut keep: impl FnMut(u64) -> bool,
-    ) {
+    pub fn apply(&mut self, write: WriteSeq, offset: u64, data: &[u8], mut keep: impl FnMut(u64) -> bool) {
         let end = offset + data.len() as u64;
         assert!(end <= self.bytes, "a write past the end of the disk");
         for block in offset / BLOCK_BYTES..end.div_ceil(BLOCK_BYTES) {

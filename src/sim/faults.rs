@@ -31,8 +31,7 @@ pub enum Fault {
     Admin,
 }
 
-const FAULTS: [Fault; 6] =
-    [Fault::Aim, Fault::Kill, Fault::Cut, Fault::Outage, Fault::Full, Fault::Admin];
+const FAULTS: [Fault; 6] = [Fault::Aim, Fault::Kill, Fault::Cut, Fault::Outage, Fault::Full, Fault::Admin];
 
 impl CutMode {
     /// What a power cut does this time.
@@ -212,7 +211,9 @@ impl World {
         let bytes = self.disks[disk].disk.bytes();
         let meta = bytes - crate::format::layout::Layout::metadata_bytes(self.regions());
         let sector = self.rng.between(meta / SECTOR_BYTES, (bytes - 1) / SECTOR_BYTES);
-        self.trace(|| format!("disk {disk}: sector {sector} rots ({} of metadata)", sector - meta / SECTOR_BYTES));
+        self.trace(|| {
+            format!("disk {disk}: sector {sector} rots ({} of metadata)", sector - meta / SECTOR_BYTES)
+        });
         self.disks[disk].disk.rot_sector(sector, &mut self.rng);
         assert!(meta.is_multiple_of(BLOCK_BYTES));
     }
@@ -236,8 +237,7 @@ impl World {
             choice => {
                 let Some(disk) = self.target() else { return Ok(()) };
                 let Some(slot) = self.slot_of(disk) else { return Ok(()) };
-                let command =
-                    if choice < 8 { AdminCommand::Fail(slot) } else { AdminCommand::Remove(slot) };
+                let command = if choice < 8 { AdminCommand::Fail(slot) } else { AdminCommand::Remove(slot) };
                 self.admin(command, None)
             }
         }
@@ -311,7 +311,8 @@ impl World {
         let starts = self.counts.starts;
         self.admin(AdminCommand::Stop, None)?;
         let over = self.run_until(300 * SECOND_NS, |world| {
-            world.counts.starts != starts || world.daemon.as_ref().is_none_or(|daemon| daemon.stopped.is_some())
+            world.counts.starts != starts
+                || world.daemon.as_ref().is_none_or(|daemon| daemon.stopped.is_some())
         })?;
         if self.counts.starts != starts {
             return Ok(None);
@@ -321,7 +322,10 @@ impl World {
             return violated("liveness", "stop is not answered within 300 s");
         }
         if !daemon.requests.is_empty() {
-            return violated("liveness", format!("stopped with {} requests unanswered", daemon.requests.len()));
+            return violated(
+                "liveness",
+                format!("stopped with {} requests unanswered", daemon.requests.len()),
+            );
         }
         if daemon.stopped != Some(true) && self.plan.within_model && !self.excused {
             return violated("promise_4_clean_means_clean", "a stop was not clean though a replica was well");
@@ -339,11 +343,13 @@ impl World {
         let all: Vec<usize> = (0..self.disks.len()).collect();
         let (left, right) = all.split_at(1 + self.rng.below(all.len() as u64 - 1) as usize);
         self.chaos = false;
+        self.split = true;
         let before = self.oracle.clone();
         self.run_side(left)?;
         let left_oracle = std::mem::replace(&mut self.oracle, before);
         self.run_side(right)?;
         self.chaos = true;
+        self.split = false;
         if let Ok((assembly, _)) = self.assemble(&all) {
             let (in_sync, resync) = (assembly.in_sync, assembly.resync);
             return violated(

@@ -61,7 +61,11 @@ impl Value {
 }
 
 /// Calls `each(word index, first byte in the word, place in the buffer)` until it says no.
-fn for_words(offset: u64, len: usize, mut each: impl FnMut(u64, usize, std::ops::Range<usize>) -> bool) -> bool {
+fn for_words(
+    offset: u64,
+    len: usize,
+    mut each: impl FnMut(u64, usize, std::ops::Range<usize>) -> bool,
+) -> bool {
     let mut at = 0;
     while at < len {
         let within = ((offset + at as u64) % 8) as usize;
@@ -334,7 +338,8 @@ impl Oracle {
     pub fn check_image(&mut self, image: &Image) -> Result<(), String> {
         let begin = self.read_begin();
         let mut at = 0;
-        while let Some((start, cell)) = self.cells.range(..=at).next_back().filter(|(_, cell)| at < cell.end) {
+        while let Some((start, cell)) = self.cells.range(..=at).next_back().filter(|(_, cell)| at < cell.end)
+        {
             let (_, cell_end) = (*start, cell.end);
             let block = at / BLOCK_BYTES;
             if image.contains_key(&block) {

@@ -104,8 +104,7 @@ impl Plan {
         let replicas = rng.pick(&[1, 2, 2, 2, 2, 2, 3, 3, 4]);
         let large = rng.per_mille(30);
         let region_bytes = REGION_BYTES_MIN << rng.pick(&[0, 0, 0, 1, 2]);
-        let regions =
-            if large { rng.between(3500, 7500) } else { rng.pick(&[1, 2, 4, 7, 16, 40]) };
+        let regions = if large { rng.between(3500, 7500) } else { rng.pick(&[1, 2, 4, 7, 16, 40]) };
         let region_bytes = if large { REGION_BYTES_MIN } else { region_bytes };
         let cut = rng.below(region_bytes / BLOCK_BYTES) * BLOCK_BYTES;
         let volume_bytes = (regions * region_bytes - cut).max(BLOCK_BYTES);

@@ -51,6 +51,11 @@ impl MetaView {
         self.found.as_ref().is_none_or(|found| found.maps.intent[region.index()])
     }
 
+    fn counts_in_sync(&self, slot: ReplicaSlot) -> bool {
+        let member = self.found.as_ref().and_then(|found| found.superblock.members[slot.index()].as_ref());
+        member.is_some_and(|member| member.state == MemberState::InSync)
+    }
+
     fn stale(&self, slot: ReplicaSlot, region: RegionIndex) -> bool {
         self.found.as_ref().is_none_or(|found| found.maps.stale[slot.index()][region.index()])
     }
@@ -80,7 +85,9 @@ impl World {
                 if after.maps.stale[slot.index()][region] && before.maps.stale[slot.index()][region] {
                     return violated(
                         "promise_4_clean_means_clean",
-                        format!("disk {index}: intent of region {region} cleared; slot {slot} missed a write"),
+                        format!(
+                            "disk {index}: intent of region {region} cleared; slot {slot} missed a write"
+                        ),
                     );
                 }
             }
@@ -95,7 +102,8 @@ impl World {
     }
 
     /// Promise 1: no data write reaches any replica before its region's intent bit is durable on every in-sync
-    /// replica. (A copy to a replica that is not in sync may rely on that replica's stale bit instead.)
+    /// replica. (A copy to a replica that is not in sync may rely on that replica's stale bit instead, or on not
+    /// being counted as in sync.)
     pub(super) fn promise_1_intent_before_data(&mut self, op: &Op) -> Checked {
         if !op.writes() || op.range.offset >= self.plan.volume_bytes {
             return Ok(());
@@ -105,7 +113,8 @@ impl World {
             self.refresh_meta(disk)?;
             let view = &self.meta[disk];
             for region in self.data_regions(op.range) {
-                if !(view.intent(region) || !in_sync && view.stale(op.slot, region)) {
+                let counts = in_sync || view.counts_in_sync(op.slot);
+                if counts && !view.intent(region) && (in_sync || !view.stale(op.slot, region)) {
                     return violated(
                         "promise_1_intent_before_data",
                         format!("write to slot {} in region {}: no bit on disk {disk}", op.slot, region.0),
@@ -134,7 +143,10 @@ impl World {
         for slot in members.difference(in_sync).iter() {
             let recorded = survivors.iter().any(|disk| self.records_absence(*disk, slot, pending));
             if !recorded {
-                return violated(name, format!("write {id} answered; that slot {slot} missed it is not recorded"));
+                return violated(
+                    name,
+                    format!("write {id} answered; that slot {slot} missed it is not recorded"),
+                );
             }
         }
         Ok(())
@@ -150,18 +162,30 @@ impl World {
     fn records_absence(&self, survivor: usize, slot: ReplicaSlot, pending: &Pending) -> bool {
         let Some(found) = &self.meta[survivor].found else { return false };
         let Some(member) = &found.superblock.members[slot.index()] else { return true };
+        if pending.asked == Asked::Trim
+            && !self.data_regions(pending.range).any(|region| self.meta[survivor].intent(region))
+        {
+            return true; // it touched nothing
+        }
         if member.state == MemberState::InSync {
             return false;
         }
         let resyncing = self.daemon.as_ref().is_some_and(|daemon| daemon.resyncing.contains(slot));
-        let stale = self.data_regions(pending.range).all(|region| self.meta[survivor].stale(slot, region));
+        // A trim may have touched less than was asked; what it touched is dirty.
+        let touched =
+            |region: &RegionIndex| pending.asked != Asked::Trim || self.meta[survivor].intent(*region);
+        let stale = self
+            .data_regions(pending.range)
+            .filter(touched)
+            .all(|region| self.meta[survivor].stale(slot, region));
         if resyncing {
             return stale || pending.asked == Asked::Trim || self.has_data(slot, pending);
         }
-        let higher = self.meta.iter().filter_map(|view| view.found.as_ref()).all(|other| {
-            other.superblock.own_entry().is_none_or(|own| own.uuid != member.uuid)
-                || other.superblock.event_count < found.superblock.event_count
-        });
+        let higher = self.split
+            || self.meta.iter().filter_map(|view| view.found.as_ref()).all(|other| {
+                other.superblock.own_entry().is_none_or(|own| own.uuid != member.uuid)
+                    || other.superblock.event_count < found.superblock.event_count
+            });
         stale && higher
     }
 
@@ -283,7 +307,11 @@ impl World {
         if !pending.fua || pending.asked == Asked::Trim || pending.range.is_empty() {
             return Ok(());
         }
-        match self.in_sync_disks().into_iter().find(|disk| self.disks[*disk].disk.has_unflushed(pending.range)) {
+        match self
+            .in_sync_disks()
+            .into_iter()
+            .find(|disk| self.disks[*disk].disk.has_unflushed(pending.range))
+        {
             None => Ok(()),
             Some(disk) => violated(
                 "promise_9_fua_is_durable",

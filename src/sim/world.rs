@@ -170,6 +170,8 @@ pub struct World {
     life: u64,
     last_tick: Nanos,
     ticks_now: u32,
+    /// The sides of a split are being run: disks that are not there have histories of their own.
+    pub split: bool,
     /// Disks that were in sync when the daemon ended: one of them has to be there at the next start.
     pub holders: Vec<usize>,
 }
@@ -203,6 +205,7 @@ impl World {
             life: 0,
             last_tick: Nanos(0),
             ticks_now: 0,
+            split: false,
             holders: vec![],
         }
     }
