@@ -36,9 +36,16 @@ use crate::units::{BLOCK_BYTES, Nanos, REPLICAS_MAX, RegionIndex, ReplicaSet, Re
 const READ_ERRORS_MAX: u64 = 20;
 
 /// A superblock commit in flight.
+///
+/// Replicas in sync come first, the others when one of those has it: were a resyncing replica alone to have the
+/// newest superblock, a crash that tears the older one on the replica in sync would leave nobody to trust.
 pub(super) struct Commit {
     event_count: u64,
+    /// What is written, but for each replica's slot and size: one event count has one content.
+    superblock: Superblock,
     remaining: ReplicaSet,
+    /// Targets that are not in sync.
+    later: ReplicaSet,
     ok: ReplicaSet,
     failed: SmallVec<[(ReplicaSlot, Errno); 2]>,
     /// Resyncing replicas that count as in sync once this is durable.
@@ -101,6 +108,7 @@ impl Mirror {
         }
         if let Some(commit) = &mut self.meta.commit {
             commit.joining.remove(slot);
+            commit.later.remove(slot);
         }
         self.in_sync.remove(slot);
         self.resyncing.remove(slot);
@@ -198,35 +206,42 @@ impl Mirror {
         for slot in joining.iter() {
             self.replica_mut(slot).member.state = MemberState::InSync;
         }
+        let first = targets.intersection(self.in_sync);
         self.meta.commit = Some(Commit {
             event_count,
-            remaining: targets,
+            superblock: self.next_superblock(event_count),
+            remaining: first,
+            later: targets.difference(first),
             ok: ReplicaSet::EMPTY,
             failed: SmallVec::new(),
             joining,
         });
-        for slot in targets.iter() {
-            self.write_superblock(slot, event_count);
+        for slot in first.iter() {
+            self.write_superblock(slot);
         }
-        if targets.is_empty() {
+        if first.is_empty() {
             self.superblock_committed();
         }
     }
 
-    fn write_superblock(&mut self, slot: ReplicaSlot, event_count: u64) {
+    fn next_superblock(&self, event_count: u64) -> Superblock {
         let members: [Option<Member>; REPLICAS_MAX] = std::array::from_fn(|index| {
             self.replicas[index].as_ref().filter(|r| r.is_member()).map(|r| r.member.clone())
         });
-        let layout = self.replica(slot).layout;
-        let superblock = Superblock {
-            slot,
-            device_bytes: layout.device_bytes,
+        Superblock {
             event_count,
             clean: self.meta.clean,
             written_unix_ns: self.config.wall_clock_origin_ns.saturating_add(self.now.0),
             members,
             ..self.head.clone()
-        };
+        }
+    }
+
+    fn write_superblock(&mut self, slot: ReplicaSlot) {
+        let layout = self.replica(slot).layout;
+        let Some(commit) = &self.meta.commit else { unreachable!("a commit is in flight") };
+        let event_count = commit.event_count;
+        let superblock = Superblock { slot, device_bytes: layout.device_bytes, ..commit.superblock.clone() };
         let mut buffer = self.pool.take(BLOCK_BYTES as usize);
         buffer[..BLOCK_BYTES as usize].copy_from_slice(&superblock.encode());
         let data = Payload { buffer: buffer.share(), start: 0, len: BLOCK_BYTES as usize };
@@ -243,8 +258,17 @@ impl Mirror {
             Ok(()) => commit.ok.insert(slot),
             Err(errno) => commit.failed.push((slot, errno)),
         }
-        if commit.remaining.is_empty() {
+        if !commit.remaining.is_empty() {
+            return;
+        }
+        commit.remaining = std::mem::take(&mut commit.later);
+        let (next, recorded) = (commit.remaining, !commit.ok.intersection(self.in_sync).is_empty());
+        if next.is_empty() || !recorded {
             self.superblock_committed();
+            return;
+        }
+        for slot in next.iter() {
+            self.write_superblock(slot);
         }
     }
 

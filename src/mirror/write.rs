@@ -250,7 +250,9 @@ impl Mirror {
 
     fn write_dispatch(&mut self, key: Key) {
         let targets = self.active();
-        let align = self.io_align;
+        // Not `io_align`: that may be a coming replica's already.
+        let align =
+            targets.iter().map(|slot| u64::from(self.replica(slot).traits.io_align)).max().unwrap_or(1);
         let task = self.write_task(key);
         if let Content::Filling(_) = task.content {
             task.finish_data();

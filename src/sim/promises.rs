@@ -130,6 +130,10 @@ impl World {
     pub(super) fn promise_2_failure_before_ack(&mut self, id: u64, pending: &Pending) -> Checked {
         let name = "promise_2_failure_before_ack";
         let Some(daemon) = &self.daemon else { return Ok(()) };
+        let cheap = daemon.attached.iter().flatten().all(|disk| self.disks[*disk].traits.cheap_zero);
+        if pending.asked == Asked::Trim && (!cheap || pending.range.shrunk_to(BLOCK_BYTES).is_empty()) {
+            return Ok(()); // nothing was touched
+        }
         let (members, in_sync) = (daemon.members, daemon.in_sync);
         for slot in in_sync.iter() {
             if pending.asked != Asked::Trim && !self.has_data(slot, pending) {
@@ -162,22 +166,15 @@ impl World {
     fn records_absence(&self, survivor: usize, slot: ReplicaSlot, pending: &Pending) -> bool {
         let Some(found) = &self.meta[survivor].found else { return false };
         let Some(member) = &found.superblock.members[slot.index()] else { return true };
-        if pending.asked == Asked::Trim
-            && !self.data_regions(pending.range).any(|region| self.meta[survivor].intent(region))
-        {
-            return true; // it touched nothing
-        }
         if member.state == MemberState::InSync {
             return false;
         }
         let resyncing = self.daemon.as_ref().is_some_and(|daemon| daemon.resyncing.contains(slot));
-        // A trim may have touched less than was asked; what it touched is dirty.
-        let touched =
-            |region: &RegionIndex| pending.asked != Asked::Trim || self.meta[survivor].intent(*region);
-        let stale = self
-            .data_regions(pending.range)
-            .filter(touched)
-            .all(|region| self.meta[survivor].stale(slot, region));
+        let range = match pending.asked {
+            Asked::Trim => pending.range.shrunk_to(BLOCK_BYTES),
+            _ => pending.range,
+        };
+        let stale = self.data_regions(range).all(|region| self.meta[survivor].stale(slot, region));
         if resyncing {
             return stale || pending.asked == Asked::Trim || self.has_data(slot, pending);
         }
@@ -307,11 +304,12 @@ impl World {
         if !pending.fua || pending.asked == Asked::Trim || pending.range.is_empty() {
             return Ok(());
         }
-        match self
-            .in_sync_disks()
-            .into_iter()
-            .find(|disk| self.disks[*disk].disk.has_unflushed(pending.range))
-        {
+        let lacks = |disk: &usize| {
+            let mut bytes = vec![0; pending.range.len as usize];
+            self.disks[*disk].disk.read_durable(pending.range.offset, &mut bytes);
+            !pending.value.matches(pending.range.offset, &bytes)
+        };
+        match self.in_sync_disks().into_iter().find(lacks) {
             None => Ok(()),
             Some(disk) => violated(
                 "promise_9_fua_is_durable",

@@ -8,6 +8,7 @@ use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Once;
 
+use crate::mirror::status::Health;
 use crate::planted::{Bug, plant};
 use crate::units::SECOND_NS;
 
@@ -165,6 +166,12 @@ fn settle(world: &mut World) -> Checked {
             continue;
         }
         let status = daemon.mirror.status(world.now);
+        if status.health == Health::Failed && !world.plan.within_model {
+            world.crash(false); // a lost flush is cured by a restart only
+            let all: Vec<usize> = (0..world.disks.len()).collect();
+            world.start(&all)?;
+            continue;
+        }
         if status.dirty_bytes == 0 && status.unsynced_bytes == 0 {
             return Ok(());
         }

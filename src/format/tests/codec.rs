@@ -1,1 +1,1 @@
-
+//! The codec: what is encoded is decoded, damage is noticed, no bytes make it panic.

@@ -1,1 +1,1 @@
-
+//! Histories: what assembly makes of replicas after crashes, losses and returns.
