@@ -108,9 +108,9 @@ fn parse_memory_size(text: &str) -> Result<u64, String> {
 
 impl Serve {
     pub(super) fn run(self) -> Outcome {
-        log_to_stderr(self.verbose);
-        // Before any thread starts.
+        // Before any thread starts, the log's too.
         control::block_signals()?;
+        log_to_stderr(self.verbose);
         check_io_uring().map_err(|error| Failure::new(error.to_string()))?;
         raise_descriptor_limit();
         if self.create.is_some() && self.read_only {
@@ -264,6 +264,8 @@ impl Serve {
         let listen_uris: Vec<String> =
             sockets.listeners.iter().map(|listener| banner::uri(&listener.place(), &export.name)).collect();
         let places: Vec<_> = sockets.listeners.iter().map(Listener::place).collect();
+        // What is said of the start stands before it.
+        control::log::flush();
         print(&banner::banner(&status, &places, sockets.control.path()))?;
         let report = control::run(ControlConfig {
             listeners: sockets.listeners,
@@ -356,13 +358,7 @@ fn log_to_stderr(verbose: u8) {
     } else {
         EnvFilter::new(default)
     };
-    // Set already only where tests call this twice.
-    let _ = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .with_target(false)
-        .try_init();
+    control::log::to_stderr(filter);
 }
 
 /// Each client is a descriptor, and the usual soft limit of 1024 is a relic of `select`.

@@ -1,0 +1,28 @@
+//! The real binary where its surroundings are against it: a log that cannot be written, disks under new names,
+//! somebody else's sockets.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+#![allow(dead_code, reason = "what the other tests of the command line share")]
+
+mod cli_support;
+
+use std::fs::File;
+use std::process::Stdio;
+
+use cli_support::Bench;
+
+#[test]
+fn a_log_that_cannot_be_written_costs_nobody_the_volume() {
+    let bench = Bench::with_volume();
+    let full = || File::options().write(true).open("/dev/full").unwrap();
+    let serve = ["serve", "--name", "vol", "a", "b"];
+    let mut daemon = bench.command(&serve).stdout(Stdio::null()).stderr(full()).spawn().unwrap();
+    let control = bench.runtime_dir().join("vol.control");
+    bench.wait_until("serving", || control.exists());
+    bench.run(&["fail", "vol", "b"]).succeeds();
+    bench.run(&["status", "vol"]).succeeds().says("faulty");
+    bench.run(&["stop", "vol"]).succeeds();
+    assert!(daemon.wait().unwrap().success());
+    let mut refused = bench.command(&["stop", "vol"]).stderr(full()).spawn().unwrap();
+    assert_eq!(refused.wait().unwrap().code(), Some(1));
+}
