@@ -26,3 +26,19 @@ fn a_log_that_cannot_be_written_costs_nobody_the_volume() {
     let mut refused = bench.command(&["stop", "vol"]).stderr(full()).spawn().unwrap();
     assert_eq!(refused.wait().unwrap().code(), Some(1));
 }
+
+#[test]
+fn replicas_are_called_what_they_are_called_now() {
+    let bench = Bench::with_volume();
+    let rename = |from: &str, to: &str| std::fs::rename(bench.path(from), bench.path(to)).unwrap();
+    // As disks do: each has the other's name after a boot.
+    rename("a", "was-a");
+    rename("b", "a");
+    rename("was-a", "b");
+    let _daemon = bench.serve(&["--name", "vol", "a", "b"]);
+    bench.run(&["fail", "vol", "a"]).succeeds();
+    let status = bench.status_json("vol");
+    assert_eq!(status["volume"]["replicas"][1]["state"], "faulty", "the one that was `b`");
+    assert_eq!(status["volume"]["replicas"][1]["path"], bench.path("a").to_str().unwrap());
+    bench.run(&["examine", "b"]).succeeds().says(bench.path("a").to_str().unwrap());
+}

@@ -202,6 +202,12 @@ impl Serve {
         if let Some(name) = &self.name {
             assembly.head.name.clone_from(name);
         }
+        // Paths change (`/dev/sdb` is another disk after a boot): operators name a replica as it is named now.
+        for (member, index) in assembly.head.members.iter_mut().zip(assembly.found_of_slot) {
+            if let (Some(member), Some(index)) = (member, index) {
+                member.path.clone_from(&gathered.found[index].path);
+            }
+        }
         Ok(assembly)
     }
 
