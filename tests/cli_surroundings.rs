@@ -6,7 +6,8 @@
 
 mod cli_support;
 
-use std::fs::File;
+use std::fs::{File, Permissions};
+use std::os::unix::fs::PermissionsExt;
 use std::process::Stdio;
 
 use cli_support::Bench;
@@ -41,4 +42,16 @@ fn replicas_are_called_what_they_are_called_now() {
     assert_eq!(status["volume"]["replicas"][1]["state"], "faulty", "the one that was `b`");
     assert_eq!(status["volume"]["replicas"][1]["path"], bench.path("a").to_str().unwrap());
     bench.run(&["examine", "b"]).succeeds().says(bench.path("a").to_str().unwrap());
+}
+
+#[test]
+fn sockets_in_a_folder_that_others_may_write_in_are_not_trusted() {
+    let bench = Bench::with_volume();
+    let _daemon = bench.serve(&["--name", "vol", "a", "b"]);
+    std::fs::set_permissions(bench.runtime_dir(), Permissions::from_mode(0o777)).unwrap();
+    for args in [&["status"][..], &["status", "vol"], &["stop"], &["fail", "vol", "a"]] {
+        bench.run(args).fails().says("may be written by others").says("hint:");
+    }
+    std::fs::set_permissions(bench.runtime_dir(), Permissions::from_mode(0o700)).unwrap();
+    bench.run(&["status", "vol"]).succeeds();
 }
