@@ -384,6 +384,32 @@ fn clients_that_stall_leave_room_for_others() {
 }
 
 #[test]
+fn greedy_clients_share_a_bounded_memory() {
+    let world = World::new(16 << 20);
+    let flushes: Vec<u8> = (0..20_000).flat_map(|cookie| header(FLUSH, 0, cookie, 0, 0)).collect();
+    let mut greedy: Vec<(Client, usize)> = (0..200).map(|_| (world.connect(), 0)).collect();
+    for (client, _) in &greedy {
+        client.stream.set_nonblocking(true).unwrap();
+    }
+    // Ask for as much as goes, and read no reply.
+    for _ in 0..20 {
+        for (client, sent) in &mut greedy {
+            while let Ok(count @ 1..) = client.stream.write(&flushes[*sent..]) {
+                *sent += count;
+            }
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let memory_bytes = world.engine.handle.status().blocking_recv().unwrap().memory_bytes;
+    assert!(memory_bytes < 20 << 20, "{memory_bytes} bytes");
+    let mut client = world.connect();
+    client.write(0, &[1; 4096]);
+    drop(greedy);
+    world.wait_for_connections(1);
+    world.stop();
+}
+
+#[test]
 fn a_stop_answers_what_is_in_flight_and_leaves_a_clean_volume() {
     let world = World::new(MEMORY_BYTES_MAX_DEFAULT);
     let mut client = world.connect();

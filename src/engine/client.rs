@@ -285,7 +285,12 @@ impl Client {
     }
 
     /// What to receive next, after `Next::More`; `None` where nothing is to be received.
-    pub(super) fn receive(&mut self, key: Key, pool: &BufferPool) -> Option<Receive> {
+    pub(super) fn receive(
+        &mut self,
+        key: Key,
+        pool: &BufferPool,
+        buffer_bytes_max: usize,
+    ) -> Option<Receive> {
         if self.receiving.is_some() {
             return None;
         }
@@ -303,22 +308,22 @@ impl Client {
                 self.stage = Stage::Lent(incoming.cost);
                 Into::Payload(incoming)
             }
-            _ => self.receive_buffer(pool),
+            _ => self.receive_buffer(pool, self.buffer_bytes.min(buffer_bytes_max)),
         };
         Some(Receive { connection: key, fd, into })
     }
 
     /// A buffer to receive into, with the unparsed beginning of a header (if any) moved to its front.
-    fn receive_buffer(&mut self, pool: &BufferPool) -> Into {
+    fn receive_buffer(&mut self, pool: &BufferPool, bytes: usize) -> Into {
         let kept = self.end - self.start;
         assert!(kept < REQUEST_BYTES);
         let buffer = match self.buffer.take() {
-            Some(mut buffer) if buffer.len() == self.buffer_bytes => {
+            Some(mut buffer) if buffer.len() == bytes => {
                 buffer.copy_within(self.start..self.end, 0);
                 buffer
             }
             old => {
-                let mut buffer = pool.take(self.buffer_bytes);
+                let mut buffer = pool.take(bytes);
                 if let Some(old) = old {
                     buffer[..kept].copy_from_slice(&old[self.start..self.end]);
                 }

@@ -72,10 +72,8 @@ impl DataPlane {
                 let capacity = buffer.len();
                 client.took_buffer(buffer, filled + count);
                 if filled + count == capacity {
-                    // Nobody is charged for these buffers: many greedy clients get small ones.
-                    let roomy = self.pool.used_bytes() as u64 <= self.budget.bytes_max() / 2;
-                    let grown = if roomy { capacity * BUFFER_GROWTH } else { BUFFER_BYTES_MIN };
-                    client.buffer_bytes = grown.clamp(BUFFER_BYTES_MIN, BUFFER_BYTES_MAX);
+                    client.buffer_bytes =
+                        (capacity * BUFFER_GROWTH).clamp(BUFFER_BYTES_MIN, BUFFER_BYTES_MAX);
                     self.sweep_within(IDLE_NS);
                 }
             }
@@ -139,7 +137,10 @@ impl DataPlane {
                     return;
                 }
                 Next::More => {
-                    if let Some(receive) = client.receive(key, &self.pool) {
+                    // Nobody is charged for receive buffers: where memory is short, they are small.
+                    let roomy = self.pool.used_bytes() as u64 <= self.budget.bytes_max() / 2;
+                    let buffer_bytes_max = if roomy { BUFFER_BYTES_MAX } else { BUFFER_BYTES_MIN };
+                    if let Some(receive) = client.receive(key, &self.pool, buffer_bytes_max) {
                         client.receiving = Some(self.ring.start(Operation::Receive(receive)));
                     }
                     return self.let_go_if_done(key);
