@@ -330,7 +330,9 @@ fn a_full_filesystem_leaves_nothing_behind() {
     let bench = Bench::new();
     let script = format!(
         "mount -t tmpfs -o size=12k,mode=777 tmpfs {dir} && cd {dir} || exit 99; \
-         {BINARY} create --size 4M x y; code=$?; ls; exit $code",
+         {BINARY} create --size 4M x y; code=$?; ls; \
+         truncate -s 8M old; {BINARY} create --size 4M old y && exit 98; \
+         cmp -n 8388608 old /dev/zero || exit 97; rm old; ls; exit $code",
         dir = bench.path("").display()
     );
     let output = Command::new("unshare").args(["--mount", "sh", "-c", &script]).output();

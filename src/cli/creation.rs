@@ -1,7 +1,7 @@
 //! Making a volume: a plan that has been checked, then its execution.
 //!
-//! What must hold: planning writes nothing, and all refusals come from it. If carrying out fails half-way (a
-//! full filesystem), the files that it made are removed again.
+//! What must hold: planning writes nothing, and all refusals come from it. Where a filesystem is full, that is found
+//! before a byte of any replica is changed, and the files that were made are removed again.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -83,6 +83,10 @@ impl Plan {
             target.prepare(&mut made)?;
         }
         let created = self.metadata()?;
+        // All space first: a full filesystem is to be found before anything is overwritten.
+        for (index, target) in self.targets.iter().enumerate() {
+            target.reserve(&created, index)?;
+        }
         for (index, target) in self.targets.iter().enumerate() {
             target.write(&created, index)?;
         }
@@ -260,9 +264,25 @@ impl Target {
         Ok(())
     }
 
+    /// Makes sure that its filesystem has the space for its metadata.
+    fn reserve(&self, created: &Created, index: usize) -> Result<(), Failure> {
+        let device = self.device();
+        for (offset, bytes) in created.writes(index) {
+            device
+                .reserve(offset, bytes.len() as u64)
+                .map_err(|error| cannot(&self.path, "write metadata to", &error))?;
+        }
+        Ok(())
+    }
+
+    fn device(&self) -> &ReplicaDevice {
+        let Some(device) = &self.existing else { unreachable!("every target has been prepared") };
+        device
+    }
+
     /// Writes its metadata and makes sure that it stays.
     fn write(&self, created: &Created, index: usize) -> Result<(), Failure> {
-        let Some(device) = &self.existing else { unreachable!("every target has been prepared") };
+        let device = self.device();
         let failed = |error: io::Error| cannot(&self.path, "write metadata to", &error);
         let first_superblock = superblock_offset(self.device_bytes, 0);
         let mut pages_are_durable = false;

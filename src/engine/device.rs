@@ -222,6 +222,15 @@ impl ReplicaDevice {
         self.file.sync_data()
     }
 
+    /// Makes sure that a file's filesystem has the space for this range, without changing a byte of it. Does nothing
+    /// where that cannot be asked for.
+    ///
+    /// # Errors
+    /// The system's, above all that there is no space.
+    pub fn reserve(&self, offset: ReplicaOffset, len: u64) -> io::Result<()> {
+        if self.kind == DeviceKind::File { probe::reserve(&self.file, offset.0, len) } else { Ok(()) }
+    }
+
     /// Whether the range is known to be a hole. `false` is always a correct answer.
     #[must_use]
     pub fn is_hole(&self, offset: ReplicaOffset, len: u64) -> bool {

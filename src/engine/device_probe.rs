@@ -99,6 +99,17 @@ pub(super) fn cheap_zero(file: &File, kind: DeviceKind, bytes: u64) -> bool {
     }
 }
 
+/// Allocates a file's range; content and length stay. Does nothing on filesystems that cannot.
+pub(super) fn reserve(file: &File, offset: u64, len: u64) -> io::Result<()> {
+    let (Ok(offset), Ok(len)) = (i64::try_from(offset), i64::try_from(len)) else {
+        return Err(io::ErrorKind::FileTooLarge.into());
+    };
+    match fallocate(file, FallocateFlags::FALLOC_FL_KEEP_SIZE, offset, len) {
+        Ok(()) | Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
 /// Whether the file stands in memory.
 pub(super) fn is_tmpfs(file: &File) -> bool {
     fstatfs(file).is_ok_and(|stat| stat.filesystem_type() == TMPFS_MAGIC)
