@@ -162,6 +162,8 @@ impl Mirror {
                 for slot in self.inactive_members().iter() {
                     if !planted(Bug::DropStaleBit) {
                         self.set_stale(slot, region);
+                        // A bit cleared here and not yet on disk is durable still; the stale bit beside it is not.
+                        self.intent_durable.set(index, false);
                     }
                 }
                 self.touch_page(page_of(region), true);
