@@ -187,6 +187,7 @@ impl World {
                 self.trace(|| format!("disk {victim}: an old copy is put back"));
                 let old = self.disks[victim].copies[which].1.clone();
                 self.disks[victim].disk.put_back(old);
+                self.suspect = Some(victim);
             } else if self.rng.per_mille(rates.blank) {
                 self.trace(|| format!("disk {victim}: replaced by a blank one"));
                 self.replace_disk(victim);
@@ -207,7 +208,9 @@ impl World {
         if self.holders.iter().all(|disk| self.disks[*disk].gone) {
             self.disks.iter_mut().for_each(|disk| disk.gone = false);
         }
-        self.start(&disks)
+        self.start(&disks)?;
+        self.suspect = None;
+        Ok(())
     }
 
     fn rot(&mut self, disk: usize) {

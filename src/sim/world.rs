@@ -172,6 +172,8 @@ pub struct World {
     ticks_now: u32,
     /// The sides of a split are being run: disks that are not there have histories of their own.
     pub split: bool,
+    /// The disk that an old copy has just been put back on.
+    pub suspect: Option<usize>,
     /// Disks that were in sync when the daemon ended: one of them has to be there at the next start.
     pub holders: Vec<usize>,
 }
@@ -206,6 +208,7 @@ impl World {
             last_tick: Nanos(0),
             ticks_now: 0,
             split: false,
+            suspect: None,
             holders: vec![],
         }
     }
