@@ -3,7 +3,7 @@
 //! A map of the crate, in the direction of its imports (a test holds the direction):
 //!
 //! - [`units`], [`buffer`], [`planted`]: offsets, ranges, slots; aligned buffers.
-//! - [`format`]: the on-disk format and who is trusted at start. Pure.
+//! - [`mod@format`]: the on-disk format and who is trusted at start. Pure.
 //! - [`mirror`]: THE CORE. Pure: events in, actions out.
 //! - [`nbd`]: the NBD protocol. Pure; never sees the mirror.
 //! - [`engine`]: the data plane, one thread and one io_uring, owns the core.

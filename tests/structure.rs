@@ -1,4 +1,5 @@
 //! The shape of the source, held by a test: imports run one way, files stay small, `unsafe` stays where it belongs.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
 use std::fs;
 use std::path::{Path, PathBuf};

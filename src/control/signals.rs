@@ -15,7 +15,7 @@ fn stop_signals() -> SigSet {
     [Signal::SIGTERM, Signal::SIGINT].into_iter().collect()
 }
 
-/// Keeps the stop signals for the thread that [`watch`] starts. To be called before any thread is started:
+/// Keeps the stop signals for the thread that `watch` starts. To be called before any thread is started:
 /// threads inherit it.
 ///
 /// # Errors

@@ -20,9 +20,11 @@ use crate::units::{BLOCK_BYTES, ByteRange, ReplicaOffset};
 
 /// Bytes moved at a time by the synchronous calls.
 const CHUNK_BYTES: u64 = 1 << 20;
-/// udev looks into block devices under a shared lock for a moment; worth waiting for.
-const LOCK_TRIES: u32 = 6;
-const LOCK_RETRY: Duration = Duration::from_millis(50);
+/// How long to wait for a lock. A daemon that was killed holds its locks until the kernel has finished the writes that
+/// it had in flight (waiting for them is right: they may still reach the disk), and udev looks into block devices under a
+/// shared lock for a moment.
+const LOCK_TRIES: u32 = 100;
+const LOCK_RETRY: Duration = Duration::from_millis(20);
 
 /// What a device is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -158,7 +160,7 @@ impl ReplicaDevice {
         if kind_of(&metadata) != Ok(kind) {
             return Err(fail("open it", io::Error::other("it was replaced while being opened")));
         }
-        lock(&file, kind, access, &shown)?;
+        lock(&file, access, &shown)?;
         let bytes = probe::size_bytes(&file, kind).map_err(|e| fail("find its size", e))?;
         let device_bytes = bytes & !(BLOCK_BYTES - 1);
         let io_align = probe::enable_direct(&file, kind, device_bytes).map_err(|e| fail("read it", e))?;
@@ -324,10 +326,9 @@ fn open_error(path: &str, access: Access, source: io::Error) -> DeviceOpenError 
     }
 }
 
-fn lock(file: &File, kind: DeviceKind, access: Access, path: &str) -> Result<(), DeviceOpenError> {
+fn lock(file: &File, access: Access, path: &str) -> Result<(), DeviceOpenError> {
     let how = if access == Access::ReadWrite { libc::LOCK_EX } else { libc::LOCK_SH };
-    let tries = if kind == DeviceKind::BlockDevice { LOCK_TRIES } else { 1 };
-    for attempt in 1..=tries {
+    for attempt in 1..=LOCK_TRIES {
         // SAFETY: flock takes no memory, and the descriptor is open as long as `file`. The lock belongs to the
         // open file and goes with it.
         if unsafe { libc::flock(file.as_raw_fd(), how | libc::LOCK_NB) } == 0 {
@@ -335,7 +336,7 @@ fn lock(file: &File, kind: DeviceKind, access: Access, path: &str) -> Result<(),
         }
         let source = io::Error::last_os_error();
         match source.raw_os_error() {
-            Some(libc::EWOULDBLOCK) if attempt < tries => std::thread::sleep(LOCK_RETRY),
+            Some(libc::EWOULDBLOCK) if attempt < LOCK_TRIES => std::thread::sleep(LOCK_RETRY),
             Some(libc::EWOULDBLOCK) => break,
             Some(libc::EINTR) => {}
             // A filesystem without locks: better served unlocked than not at all.

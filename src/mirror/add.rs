@@ -160,6 +160,8 @@ impl Mirror {
     /// the other: a crash then would leave a replica of two volumes.
     fn wipe_candidate(&mut self, id: AdminId, slot: ReplicaSlot, why: String) {
         self.admin.preparing.push(Preparing { id, slot, why, operations: 2, error: None });
+        // New requests keep its alignment from now on.
+        self.refresh_alignment();
         self.wipe_superblocks(slot, OpOwner::Prepare);
     }
 

@@ -47,12 +47,20 @@ pub(super) struct AdminState {
     pub(super) waiting: Vec<(AdminId, Box<Candidate>)>,
     /// Replicas whose superblock slots are being wiped before they get this volume's.
     pub(super) preparing: Vec<Preparing>,
+    /// Commands that came while the volume was being opened; carried out, in order, once it is.
+    pub(super) early: Vec<(AdminId, AdminCommand)>,
     pub(super) stop: Option<(AdminId, StopStage)>,
 }
 
 impl AdminState {
     pub(super) fn new() -> Self {
-        Self { pending: Vec::new(), waiting: Vec::new(), preparing: Vec::new(), stop: None }
+        Self {
+            pending: Vec::new(),
+            waiting: Vec::new(),
+            preparing: Vec::new(),
+            early: Vec::new(),
+            stop: None,
+        }
     }
 }
 
@@ -65,12 +73,12 @@ impl Mirror {
             );
             return;
         }
-        if !self.open && !matches!(command, AdminCommand::Stop) {
-            self.refuse(id, "the volume is still being opened: try again in a moment");
-            return;
-        }
         if self.stopping() {
             self.refuse(id, "the volume is stopping");
+            return;
+        }
+        if !self.open && !matches!(command, AdminCommand::Stop) {
+            self.admin.early.push((id, command));
             return;
         }
         match command {

@@ -181,6 +181,9 @@ impl Mirror {
         for (id, request) in std::mem::take(&mut self.early) {
             self.start_request(id, request);
         }
+        for (id, command) in std::mem::take(&mut self.admin.early) {
+            self.admin_command(id, command);
+        }
         self.work.push_back(super::Work::Pump);
     }
 }

@@ -224,7 +224,7 @@ impl World {
         }
         self.promise_6_never_the_last()?;
         if let Some(daemon) = &self.daemon
-            && (self.regions().count() <= 64 || self.counts.events % 256 == 0)
+            && (self.regions().count() <= 64 || self.counts.events.is_multiple_of(256))
         {
             daemon.mirror.check_invariants();
         }
