@@ -1,0 +1,37 @@
+//! Replicas that come and go while something else happens: joins, lost flushes, metadata that cannot be recorded.
+
+use super::*;
+
+/// Replica 1 was away, missed region 0, and is coming back; no job has begun.
+fn coming_back() -> World {
+    let mut world = World::new(2);
+    world.admin(AdminCommand::Fail(ReplicaSlot::new(1))).unwrap();
+    world.write(0, 4096, 1).unwrap();
+    let command = world.candidate(1, false);
+    world.send_admin(command);
+    world
+}
+
+#[test]
+fn a_replica_does_not_join_with_a_write_that_only_it_took() {
+    let mut world = coming_back();
+    let joins = |request: &DeviceOp| {
+        superblock_in(request).is_some_and(|superblock| {
+            superblock.members[1].as_ref().is_some_and(|member| member.state == MemberState::InSync)
+        })
+    };
+    while !world.queue.iter().any(|(_, _, request)| joins(request)) {
+        assert!(world.step());
+    }
+    // The commit that makes it in sync is under way.
+    world.fault = Box::new(|slot, request| (slot.index() == 0 && writes_data(request)).then_some(Errno::EIO));
+    let request = world.write_request(200_000, 4096, 9);
+    let id = world.send(request);
+    world.drain_where(&|_, request| superblock_in(request).is_none());
+    world.drain();
+    assert!(world.reply_to(id).is_some_and(|reply| reply.is_err()));
+    world.fault = Box::new(|_, _| None);
+    world.wait(10 * SECOND_NS);
+    assert_eq!(world.state(1), ReplicaState::InSync);
+    assert!(world.same_data(0, 1));
+}
