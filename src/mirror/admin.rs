@@ -210,6 +210,8 @@ impl Mirror {
                 self.request_flush(self.active(), FlushOwner::Stop);
                 return;
             }
+            // The flush ends by itself, and says how.
+            StopStage::Flushing => return,
             StopStage::Pages if self.pages.all_clean() => {
                 // "Clean" says that the in-sync replicas hold the same bytes.
                 self.meta.clean = self.unsynced_count == 0;

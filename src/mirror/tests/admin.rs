@@ -3,6 +3,22 @@
 use super::*;
 
 #[test]
+fn a_stop_whose_flush_is_under_way_when_pages_fail_is_answered_once() {
+    let mut world = World::new(2);
+    world.fault = Box::new(|_, request| {
+        (matches!(request, DeviceOp::Write { .. }) && !writes_data(request)).then_some(Errno::EIO)
+    });
+    assert!(world.write(0, 4096, 1).is_err());
+    world.send_admin(AdminCommand::Stop);
+    while world.answers.is_empty() {
+        assert!(world.step());
+    }
+    world.drain();
+    assert_eq!(world.answers.len(), 1);
+    assert!(world.answers[0].is_err());
+}
+
+#[test]
 fn a_candidate_with_a_larger_alignment_raises_it_before_it_is_prepared() {
     let mut images = fresh_images(2);
     images.push(vec![0; Layout::device_bytes_min(REGIONS) as usize]);
