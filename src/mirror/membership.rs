@@ -266,12 +266,15 @@ impl Mirror {
 
     /// One replica's part of a superblock commit has ended.
     pub(super) fn superblock_op_done(&mut self, slot: ReplicaSlot, result: Result<(), Errno>) {
+        let active = self.active().contains(slot);
         let Some(commit) = &mut self.meta.commit else { unreachable!("a commit is in flight") };
         assert!(commit.remaining.contains(slot));
         commit.remaining.remove(slot);
         match result {
             Ok(()) => commit.ok.insert(slot),
-            Err(errno) => commit.failed.push((slot, errno)),
+            Err(errno) if active => commit.failed.push((slot, errno)),
+            // Failed meanwhile.
+            Err(_) => {}
         }
         if !commit.remaining.is_empty() {
             return;

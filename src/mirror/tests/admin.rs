@@ -34,3 +34,22 @@ fn a_candidate_with_a_larger_alignment_raises_it_before_it_is_prepared() {
     world.wait(SECOND_NS);
     assert!(world.same_data(0, 2));
 }
+
+#[test]
+fn a_replica_taken_back_is_not_failed_for_what_it_gave_up_before() {
+    let mut world = World::new(2);
+    world.write(0, 4096, 5).unwrap();
+    let request = world.write_request(0, 4096, 6);
+    world.send(request);
+    let hangs = |slot: usize, request: &DeviceOp| slot == 0 && writes_data(request);
+    world.send_admin(AdminCommand::Fail(ReplicaSlot::new(1)));
+    world.drain_where(&|slot, request| !hangs(slot, request));
+    let command = world.candidate(1, false);
+    world.send_admin(command);
+    world.drain_where(&|slot, request| !hangs(slot, request));
+    assert_eq!(world.state(1), ReplicaState::Resyncing);
+    world.drain();
+    world.wait(SECOND_NS);
+    assert_eq!(world.state(1), ReplicaState::InSync);
+    assert!(world.same_data(0, 1));
+}
