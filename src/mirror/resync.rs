@@ -58,6 +58,8 @@ pub(super) struct Job {
     /// Sources that could not be read.
     unreadable: ReplicaSet,
     pub(super) targets: ReplicaSet,
+    /// What was read may not be what the source reads now: the region is copied again.
+    spoiled: bool,
     chunk: ByteRange,
     operations: usize,
 }
@@ -224,6 +226,7 @@ impl Mirror {
             source: None,
             unreadable: ReplicaSet::EMPTY,
             targets: ReplicaSet::EMPTY,
+            spoiled: false,
             chunk: ByteRange::new(range.offset, 0),
             operations: 0,
         };
@@ -392,7 +395,7 @@ impl Mirror {
 
     /// The targets are flushed: those in `flushed` have the region.
     pub(super) fn job_flushed(&mut self, key: Key, flushed: ReplicaSet) {
-        if !self.job_can_go_on(key) {
+        if !self.job_can_go_on(key) || self.job_mut(key).spoiled {
             self.job_end(key, JobEnd::Retry);
             return;
         }
@@ -409,6 +412,14 @@ impl Mirror {
             self.unsynced_count -= 1;
         }
         self.job_end(key, JobEnd::Done);
+    }
+
+    /// A source may have lost what it had not flushed: what was copied from it proves nothing.
+    pub(super) fn spoil_jobs(&mut self) {
+        let keys: Vec<Key> = self.resync.active.values().copied().collect();
+        for key in keys {
+            self.job_mut(key).spoiled = true;
+        }
     }
 
     fn job_end(&mut self, key: Key, end: JobEnd) {

@@ -35,3 +35,47 @@ fn a_replica_does_not_join_with_a_write_that_only_it_took() {
     assert_eq!(world.state(1), ReplicaState::InSync);
     assert!(world.same_data(0, 1));
 }
+
+#[test]
+fn what_the_last_replica_in_sync_lost_in_a_flush_is_not_kept_by_one_that_joins() {
+    let mut world = coming_back();
+    let copies = |request: &DeviceOp| matches!(request, DeviceOp::ProbeHole { .. });
+    world.drain_where(&|_, request| !copies(request));
+    let request = world.write_request(200_000, 4096, 9);
+    let id = world.send(request);
+    world.drain_where(&|_, request| !copies(request));
+    assert!(world.reply_to(id).is_some_and(|reply| reply.is_ok()));
+    world.fault = Box::new(|slot, request| {
+        (slot.index() == 0 && matches!(request, DeviceOp::Flush)).then_some(Errno::EIO)
+    });
+    let id = world.send(Request::Flush);
+    world.drain_where(&|_, request| !copies(request));
+    assert!(world.reply_to(id).is_some_and(|reply| reply.is_err()));
+    world.images[0][200_000..204_096].fill(0); // what its cache lost
+    world.drain();
+    world.wait(10 * SECOND_NS);
+    assert_eq!(world.state(1), ReplicaState::InSync);
+    assert!(world.same_data(0, 1));
+}
+
+#[test]
+fn a_replica_joins_though_flushes_of_the_last_one_in_sync_keep_failing() {
+    let mut world = coming_back();
+    let copies = |request: &DeviceOp| matches!(request, DeviceOp::ProbeHole { .. });
+    world.fault = Box::new(|slot, request| {
+        (slot.index() == 0 && matches!(request, DeviceOp::Flush)).then_some(Errno::EIO)
+    });
+    world.drain_where(&|_, request| !copies(request));
+    assert!(world.mirror.stale_count[1] == 1);
+    for _ in 0..200 {
+        let id = world.send(Request::Flush);
+        world.step();
+        if world.reply_to(id).is_some_and(|reply| reply.is_ok()) {
+            break;
+        }
+    }
+    world.drain();
+    assert!(world.call(Request::Flush).is_ok(), "the other one vouches now");
+    assert_eq!(world.state(0), ReplicaState::Faulty);
+    assert_eq!(world.state(1), ReplicaState::InSync);
+}
