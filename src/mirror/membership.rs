@@ -201,6 +201,8 @@ impl Mirror {
         if self.meta.retry_at.is_some_and(|at| at > self.now) {
             return;
         }
+        // Cleared before anything else is waited for: a deadline in the past would be asked for again and again.
+        self.meta.retry_at = None;
         // Stale bits first: a superblock that calls a replica current by its event count, durable before the map of
         // what that replica misses, would make the next start take it for up to date.
         if !self.pages.settled() {
@@ -210,7 +212,6 @@ impl Mirror {
         if !self.meta.dirty && joining.is_empty() {
             return;
         }
-        self.meta.retry_at = None;
         self.meta.dirty = false;
         let event_count = self.head.event_count + 1;
         let targets = self.active();

@@ -59,6 +59,27 @@ fn what_the_last_replica_in_sync_lost_in_a_flush_is_not_kept_by_one_that_joins()
 }
 
 #[test]
+fn a_superblock_retry_that_waits_for_pages_asks_for_no_ticks() {
+    let mut world = World::new(2);
+    world.write(0, 4096, 1).unwrap();
+    world.fault = Box::new(|_, request| superblock_in(request).is_some().then_some(Errno::EIO));
+    world.send_admin(AdminCommand::Fail(ReplicaSlot::new(1)));
+    world.drain();
+    assert_eq!(world.mirror.status(world.now).health, Health::Failed);
+    let command = world.candidate(1, false);
+    world.send_admin(command);
+    // Its pages hang.
+    world.now = world.now.plus(2 * SECOND_NS);
+    world.handle(Event::Tick);
+    let next = world.mirror.next_deadline();
+    assert!(next.is_none_or(|at| at > world.now), "{next:?} at {:?}", world.now);
+    world.fault = Box::new(|_, _| None);
+    world.drain();
+    world.wait(2 * SECOND_NS);
+    assert_eq!(world.state(1), ReplicaState::InSync);
+}
+
+#[test]
 fn a_replica_joins_though_flushes_of_the_last_one_in_sync_keep_failing() {
     let mut world = coming_back();
     let copies = |request: &DeviceOp| matches!(request, DeviceOp::ProbeHole { .. });
