@@ -122,6 +122,7 @@ impl Mirror {
         self.mark_dirty_regions_stale(slot);
         self.begin_generation();
         self.meta.dirty = true;
+        self.shrinking = true;
         self.abandon_ops(slot);
         self.refresh_alignment();
         self.forget_unsynced_if_alone();
@@ -357,10 +358,11 @@ impl Mirror {
                 return;
             }
         }
-        if self.held.is_empty() && self.held_flushes.is_empty() {
-            return;
-        }
         if self.settled() || planted(Bug::AckBeforeMembership) {
+            self.shrinking = false;
+            if self.held.is_empty() && self.held_flushes.is_empty() {
+                return;
+            }
             let held: Vec<Key> = std::mem::take(&mut self.held);
             self.work.extend(held.into_iter().map(Work::Settled));
             for id in std::mem::take(&mut self.held_flushes) {

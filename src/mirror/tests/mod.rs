@@ -2,6 +2,7 @@
 //! simplest case. Crashes, races and random worlds are the simulator's.
 
 mod admin;
+mod answers;
 mod membership;
 
 use nix::errno::Errno;

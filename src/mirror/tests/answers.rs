@@ -1,0 +1,50 @@
+//! Promise 5: answers that must not change, over crashes, read-only starts and lost sources.
+
+use super::*;
+
+const AT: u64 = 200_000;
+
+/// What a crash left: replica 1 has an unacknowledged write at `AT` (9), replica 0 has not (0).
+fn half_written() -> Vec<Vec<u8>> {
+    let mut world = World::new(2);
+    let request = world.write_request(AT, 4096, 9);
+    world.send(request);
+    world.drain_where(&|slot, request| slot == 1 || !writes_data(request));
+    assert!(world.replies.is_empty());
+    world.crash()
+}
+
+#[test]
+fn a_read_after_a_crash_waits_until_the_loss_of_the_source_is_recorded() {
+    let mut world = World::begin(half_written(), &[0, 1], AssembleOptions::default(), ReplicaSet::EMPTY);
+    world.drain_where(&|_, request| !matches!(request, DeviceOp::ProbeHole { .. }));
+    assert!(world.mirror.is_open());
+    let id = world.send(Request::Read { range: ByteRange::new(AT, 1) });
+    world.send_admin(AdminCommand::Fail(ReplicaSlot::new(0)));
+    world.drain_where(&|_, request| !matches!(request, DeviceOp::Write { .. }));
+    let early = world.reply_to(id);
+    // The process dies here: both count as in sync, and replica 0 is the source.
+    let images = world.images.clone();
+    let mut after = World::open(images, &[0, 1], AssembleOptions::default());
+    if let Some(reply) = early {
+        assert_eq!(reply.unwrap().unwrap().bytes(), after.read(AT, 1));
+        return;
+    }
+    world.drain();
+    assert_eq!(world.reply_to(id).unwrap().unwrap().unwrap().bytes(), [9]);
+}
+
+#[test]
+fn a_read_of_a_dirty_region_fails_where_the_loss_of_a_replica_cannot_be_recorded() {
+    let mut world = World::new(2);
+    world.write(AT, 4096, 1).unwrap();
+    world.fault = Box::new(|_, request| superblock_in(request).is_some().then_some(Errno::EIO));
+    world.send_admin(AdminCommand::Fail(ReplicaSlot::new(0)));
+    let id = world.send(Request::Read { range: ByteRange::new(AT, 1) });
+    world.drain();
+    assert_eq!(world.reply_to(id).unwrap().unwrap_err(), RequestError::Io);
+    assert!(world.call(Request::Read { range: ByteRange::new(0, 1) }).is_ok(), "a clean region is read");
+    world.fault = Box::new(|_, _| None);
+    world.wait(2 * SECOND_NS);
+    assert_eq!(world.read(AT, 1), [1]);
+}
