@@ -132,7 +132,7 @@ pub struct Mirror {
     replicas: [Option<Replica>; REPLICAS_MAX],
     in_sync: ReplicaSet,
     resyncing: ReplicaSet,
-    /// What unsynced regions are read from in a read-only volume.
+    /// What unsynced regions are read from in a read-only volume, and synced from where it can be.
     source: ReplicaSlot,
     /// Alignment of reads and writes that every active replica can do, bytes.
     io_align: u64,

@@ -253,7 +253,9 @@ impl Mirror {
         }
         let preferred: ReplicaSet =
             sources.iter().filter(|slot| !self.policy.is_write_mostly(*slot)).collect();
-        let Some(mut source) = preferred.first().or(sources.first()) else {
+        // A read-only start may have answered from `self.source` before: that content is the one to keep.
+        let kept = Some(self.source).filter(|slot| unsynced && sources.contains(*slot));
+        let Some(mut source) = kept.or(preferred.first()).or(sources.first()) else {
             self.job_end(key, JobEnd::Failed);
             return;
         };

@@ -48,3 +48,14 @@ fn a_read_of_a_dirty_region_fails_where_the_loss_of_a_replica_cannot_be_recorded
     world.wait(2 * SECOND_NS);
     assert_eq!(world.read(AT, 1), [1]);
 }
+
+#[test]
+fn a_region_is_synced_from_the_replica_that_a_read_only_start_answered_from() {
+    let read_only = AssembleOptions { read_only: true, ..AssembleOptions::default() };
+    for write_mostly in [ReplicaSet::EMPTY, ReplicaSet::only(ReplicaSlot::new(0))] {
+        let mut world = World::begin(half_written(), &[0, 1], read_only, write_mostly);
+        let first = world.read(AT, 1);
+        let mut world = World::begin(world.crash(), &[0, 1], AssembleOptions::default(), write_mostly);
+        assert_eq!(world.read(AT, 1), first);
+    }
+}
