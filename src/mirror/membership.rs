@@ -145,10 +145,19 @@ impl Mirror {
         }
         let replica = self.replica_mut(slot);
         replica.read_errors += 1;
+        let too_many = replica.read_errors > READ_ERRORS_MAX;
+        if self.config.read_only {
+            // Nobody is failed where that cannot be recorded; the read policy avoids it.
+            if !too_many {
+                let text = format!("{}: read error: {errno}", self.describe(slot));
+                self.notice(NoticeLevel::Warning, text);
+            }
+            return;
+        }
         let gone = matches!(errno, Errno::ENODEV | Errno::ENXIO | Errno::ENOMEDIUM);
         if gone {
             self.fail_on_error(slot, errno, "the device is gone");
-        } else if replica.read_errors > READ_ERRORS_MAX {
+        } else if too_many {
             self.fail_on_error(slot, errno, "too many read errors");
         } else {
             let text = format!("{}: read error: {errno}", self.describe(slot));

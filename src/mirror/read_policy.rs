@@ -23,6 +23,8 @@ const PROBE_INTERVAL_MAX: u64 = 5000;
 const STREAM_LOAD_MARGIN: u64 = 16;
 /// Latency that a failed read counts as, at least.
 const ERROR_LATENCY_NS: u64 = 100_000_000;
+/// And at most, so that a replica which recovers is not avoided for ever.
+const ERROR_LATENCY_MAX_NS: u64 = 100 * ERROR_LATENCY_NS;
 
 /// Read sizes that are compared with each other: up to 16 KiB, up to 128 KiB, larger.
 fn class_of(bytes: u64) -> usize {
@@ -138,7 +140,7 @@ impl ReadPolicy {
             let stats = &mut self.stats[slot.index()];
             let ratio = (stats.latency_ns[class] / least).max(1);
             stats.reads_since_probe += 1;
-            let interval = (ratio * PROBE_READS_PER_RATIO).min(PROBE_INTERVAL_MAX);
+            let interval = ratio.saturating_mul(PROBE_READS_PER_RATIO).min(PROBE_INTERVAL_MAX);
             if stats.reads_since_probe >= interval && stats.reads_in_flight == 0 {
                 stats.probing = true;
                 return Some(slot);
@@ -210,8 +212,12 @@ impl ReadPolicy {
         let stats = &mut self.stats[slot.index()];
         let shift = if std::mem::take(&mut stats.probing) { 1 } else { 3 };
         let class = &mut stats.latency_ns[class_of(bytes)];
-        let sample =
-            if failed { latency_ns.max(ERROR_LATENCY_NS).max(class.saturating_mul(4)) } else { latency_ns };
+        let sample = if failed {
+            let worse = class.saturating_mul(4).min(ERROR_LATENCY_MAX_NS);
+            latency_ns.max(ERROR_LATENCY_NS).max(worse)
+        } else {
+            latency_ns
+        };
         *class = smooth(*class, sample, if failed { 1 } else { shift });
         if !failed {
             stats.reads += 1;

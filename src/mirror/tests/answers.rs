@@ -59,3 +59,18 @@ fn a_region_is_synced_from_the_replica_that_a_read_only_start_answered_from() {
         assert_eq!(world.read(AT, 1), first);
     }
 }
+
+#[test]
+fn a_read_only_volume_writes_nothing_and_keeps_its_source_when_that_is_gone() {
+    let read_only = AssembleOptions { read_only: true, ..AssembleOptions::default() };
+    let mut world = World::begin(half_written(), &[0, 1], read_only, ReplicaSet::EMPTY);
+    assert_eq!(world.read(AT, 1), [0]);
+    world.fault = Box::new(|slot, _| (slot.index() == 0).then_some(Errno::ENODEV));
+    for _ in 0..100 {
+        assert!(world.call(Request::Read { range: ByteRange::new(AT, 1) }).is_err());
+        assert_eq!(world.read(0, 1), [0], "a clean region is read from the other");
+    }
+    assert!(world.log.iter().all(|(_, what)| what.starts_with("read")), "{:?}", world.log);
+    world.fault = Box::new(|_, _| None);
+    assert_eq!(world.read(AT, 1), [0]);
+}
