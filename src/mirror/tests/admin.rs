@@ -53,3 +53,31 @@ fn a_replica_taken_back_is_not_failed_for_what_it_gave_up_before() {
     assert_eq!(world.state(1), ReplicaState::InSync);
     assert!(world.same_data(0, 1));
 }
+
+#[test]
+fn a_stop_does_not_wait_for_a_candidate_that_hangs() {
+    let mut images = fresh_images(2);
+    images.push(vec![0; Layout::device_bytes_min(REGIONS) as usize]);
+    let mut world = World::open(images, &[0, 1], AssembleOptions::default());
+    let command = world.candidate(2, false);
+    world.send_admin(command);
+    world.send_admin(AdminCommand::Stop);
+    world.drain_where(&|slot, _| slot != 2);
+    assert_eq!(world.answers.len(), 2, "{:?}", world.answers);
+    assert!(world.answers[0].is_err() && world.answers[1].is_ok(), "{:?}", world.answers);
+    world.drain();
+}
+
+#[test]
+fn a_replica_that_hangs_while_the_volume_stops_can_be_failed() {
+    let mut world = World::new(2);
+    let request = world.write_request(0, 4096, 6);
+    world.send(request);
+    world.send_admin(AdminCommand::Stop);
+    world.drain_where(&|slot, _| slot != 1);
+    assert!(world.answers.is_empty());
+    world.send_admin(AdminCommand::Fail(ReplicaSlot::new(1)));
+    world.drain_where(&|slot, _| slot != 1);
+    assert_eq!(world.answers.len(), 2, "{:?}", world.answers);
+    assert!(world.answers.iter().all(Result::is_ok), "{:?}", world.answers);
+}
