@@ -4,7 +4,8 @@
 //!  fail    replica leaves ─► settled ─► answer
 //!  add     see `add`
 //!  remove  leaves, slot out of the table ─► settled ─► wipe its superblocks ─► close, answer
-//!  stop    drain requests ─► drain jobs ─► flush all ─► clear bits ─► pages clean ─► superblock "clean" ─► answer
+//!  stop    drain requests ─► drain jobs ─► flush all ─► clear bits ─► pages clean ─► superblock ─► superblock "clean"
+//!          ─► answer
 //! ```
 
 use super::add::Preparing;
@@ -24,6 +25,9 @@ pub(super) enum StopStage {
     Flushing,
     /// Pages with cleared bits go out.
     Pages,
+    /// One more superblock goes out: with the last one a copy of a replica taken while the volume ran is two events
+    /// behind, and so never taken for current.
+    Count,
     /// The superblock that says "clean" goes out.
     Superblock,
     /// Over; whether it was clean.
@@ -220,6 +224,10 @@ impl Mirror {
             // The flush ends by itself, and says how.
             StopStage::Flushing => return,
             StopStage::Pages if self.pages.all_clean() => {
+                self.meta.dirty = true;
+                StopStage::Count
+            }
+            StopStage::Count if self.settled() => {
                 // "Clean" says that the in-sync replicas hold the same bytes.
                 self.meta.clean = self.unsynced_count == 0;
                 self.meta.dirty = true;

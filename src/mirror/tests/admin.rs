@@ -81,3 +81,17 @@ fn a_replica_that_hangs_while_the_volume_stops_can_be_failed() {
     assert_eq!(world.answers.len(), 2, "{:?}", world.answers);
     assert!(world.answers.iter().all(Result::is_ok), "{:?}", world.answers);
 }
+
+#[test]
+fn a_copy_taken_while_the_volume_ran_is_not_in_sync_after_a_clean_stop() {
+    let mut world = World::new(2);
+    world.write(0, 4096, 1).unwrap();
+    let copy = world.images[1].clone();
+    world.write(200_000, 4096, 2).unwrap();
+    assert_eq!(world.admin(AdminCommand::Stop).unwrap(), "stopped, clean");
+    let mut images = world.crash();
+    images[1] = copy;
+    let mut world = World::open(images, &[0, 1], AssembleOptions::default());
+    world.wait(2 * SECOND_NS);
+    assert!(world.same_data(0, 1));
+}
