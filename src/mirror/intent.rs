@@ -193,6 +193,7 @@ impl Mirror {
         if !map[region.index()] {
             map.set(region.index(), true);
             self.stale_count[slot.index()] += 1;
+            self.resync.exhausted = false;
         }
     }
 
@@ -218,6 +219,7 @@ impl Mirror {
             None => map.fill(true),
         }
         self.stale_count[slot.index()] = map.count_ones() as u64;
+        self.resync.exhausted = false;
     }
 
     /// Forgets the stale map of `slot`.

@@ -175,6 +175,7 @@ impl Mirror {
                 assert!(self.maps.intent[region.index()], "an unsynced region is dirty");
                 self.unsynced.set(region.index(), true);
                 self.unsynced_count += 1;
+                self.resync.exhausted = false;
             }
         }
     }

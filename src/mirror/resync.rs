@@ -71,6 +71,11 @@ pub(super) struct ResyncState {
     pub(super) waiters: BTreeMap<RegionIndex, Vec<Key>>,
     pub(super) active: BTreeMap<RegionIndex, Key>,
     backoff: BTreeMap<RegionIndex, Nanos>,
+    /// When the first of those is due (or was, before a reader wanted it).
+    backoff_due: Option<Nanos>,
+    /// The maps were searched and no region can be begun; until a mark is set, a job ends or a back-off is over they
+    /// are not searched again at each event.
+    pub(super) exhausted: bool,
     cursor: u64,
     /// Bytes copied since there was nothing to copy.
     pub(super) done_bytes: u64,
@@ -84,6 +89,8 @@ impl ResyncState {
             waiters: BTreeMap::new(),
             active: BTreeMap::new(),
             backoff: BTreeMap::new(),
+            backoff_due: None,
+            exhausted: false,
             cursor: 0,
             done_bytes: 0,
             marks: VecDeque::new(),
@@ -92,7 +99,7 @@ impl ResyncState {
 
     /// When a region that could not be read is due again.
     pub(super) fn deadline(&self) -> Option<Nanos> {
-        self.backoff.values().min().copied()
+        self.backoff_due
     }
 
     /// Bytes a second over the last marks.
@@ -145,6 +152,7 @@ impl Mirror {
     pub(super) fn want_region(&mut self, region: RegionIndex) {
         self.resync.wanted.push_back(region);
         self.resync.backoff.remove(&region);
+        self.resync.exhausted = false;
     }
 
     fn next_region(&mut self) -> Option<RegionIndex> {
@@ -161,8 +169,13 @@ impl Mirror {
             // Only what a request in flight waits for; the rest is left to the next start.
             return None;
         }
+        if self.resync.exhausted {
+            return None;
+        }
         let start = self.resync.cursor;
-        self.scan(start, self.regions.count()).or_else(|| self.scan(0, start))
+        let found = self.scan(start, self.regions.count()).or_else(|| self.scan(0, start));
+        self.resync.exhausted = found.is_none();
+        found
     }
 
     /// The first region from `from` to `to` that needs a copy, is not being copied and may be tried.
@@ -189,9 +202,11 @@ impl Mirror {
         if !self.open || self.config.read_only || self.in_sync.is_empty() {
             return;
         }
-        if !self.resync.backoff.is_empty() {
-            let now = self.now;
+        let now = self.now;
+        if self.resync.backoff_due.is_some_and(|at| at <= now) {
             self.resync.backoff.retain(|_, at| *at > now);
+            self.resync.backoff_due = self.resync.backoff.values().min().copied();
+            self.resync.exhausted = false;
         }
         if !self.anything_to_copy() {
             if self.resync.active.is_empty() {
@@ -206,7 +221,6 @@ impl Mirror {
         let busy = self.tasks.len() > self.resync.active.len();
         let jobs_max =
             if busy { self.config.resync_jobs_max.div_ceil(2) } else { self.config.resync_jobs_max };
-        let now = self.now;
         while self.resync.active.len() < jobs_max.max(1)
             && let Some(region) = self.next_region()
         {
@@ -427,8 +441,11 @@ impl Mirror {
     fn job_end(&mut self, key: Key, end: JobEnd) {
         let Some(Task::Job(job)) = self.tasks.remove(key) else { unreachable!("a job ends once") };
         self.resync.active.remove(&job.region);
+        self.resync.exhausted = false;
         if end == JobEnd::Failed {
-            self.resync.backoff.insert(job.region, self.now.plus(BACKOFF_NS));
+            let due = self.now.plus(BACKOFF_NS);
+            self.resync.backoff.insert(job.region, due);
+            self.resync.backoff_due.get_or_insert(due);
             let range = self.regions.range(job.region);
             let text = format!("bytes {}..{} can be read from no in-sync replica", range.offset, range.end());
             self.notice(NoticeLevel::Error, text);

@@ -80,6 +80,25 @@ fn a_superblock_retry_that_waits_for_pages_asks_for_no_ticks() {
 }
 
 #[test]
+fn a_resync_that_only_waits_for_bad_regions_does_not_search_the_maps_at_each_event() {
+    let mut world = coming_back();
+    world.fault = Box::new(|slot, request| {
+        let bad = matches!(request, DeviceOp::Read { offset, .. } if offset.0 < 4096);
+        (slot.index() == 0 && bad).then_some(Errno::EIO)
+    });
+    world.drain();
+    world.wait(SECOND_NS);
+    assert_eq!(world.state(1), ReplicaState::Resyncing);
+    assert!(world.mirror.resync.exhausted);
+    world.write(200_000, 4096, 2).unwrap();
+    assert!(world.mirror.resync.exhausted, "writes that all replicas take need no copy");
+    world.fault = Box::new(|_, _| None);
+    world.wait(10 * SECOND_NS);
+    assert_eq!(world.state(1), ReplicaState::InSync);
+    assert!(world.same_data(0, 1));
+}
+
+#[test]
 fn a_replica_joins_though_flushes_of_the_last_one_in_sync_keep_failing() {
     let mut world = coming_back();
     let copies = |request: &DeviceOp| matches!(request, DeviceOp::ProbeHole { .. });
