@@ -302,6 +302,43 @@ mod tests {
         }
     }
 
+    /// Like `drive`, in time: how long `count` reads take. A *serial* replica answers one read at a time, so that its
+    /// latency grows with what is in flight; another one answers all at once.
+    fn duration_ns(service_ns: &[u64], depth: usize, count: u64, serial: bool) -> u64 {
+        let mut policy = ReadPolicy::new(ReplicaSet::EMPTY);
+        let candidates = slots(&(0..service_ns.len()).collect::<Vec<_>>());
+        let (mut in_flight, mut now, mut free_at) = (BTreeSet::new(), 0, vec![0; service_ns.len()]);
+        for index in 0..count {
+            if in_flight.len() == depth {
+                let Some((end, _, slot, sent)) = in_flight.pop_first() else { panic!("depth is over 0") };
+                now = end;
+                policy.read_done(ReplicaSlot::new(slot), 4096, now - sent, false);
+            }
+            let offset = index.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 20 << 12;
+            let slot = policy.choose(candidates, ByteRange::new(offset, 4096));
+            policy.read_sent(slot, 4096);
+            let slot = slot.index();
+            let begin = if serial { now.max(free_at[slot]) } else { now };
+            free_at[slot] = begin + service_ns[slot];
+            in_flight.insert((free_at[slot], index, slot, now));
+        }
+        now
+    }
+
+    #[test]
+    fn a_replica_ten_times_slower_costs_less_than_five_percent_at_any_depth() {
+        for serial in [false, true] {
+            for depth in [1, 2, 4, 8, 16, 32, 64] {
+                let alone = duration_ns(&[100_000], depth, 50_000, serial);
+                for services in [[1_000_000, 100_000], [100_000, 1_000_000]] {
+                    let both = duration_ns(&services, depth, 50_000, serial);
+                    let ratio = alone as f64 / both as f64;
+                    assert!(ratio > 0.95, "serial {serial}, depth {depth}: {ratio} of the fast one alone");
+                }
+            }
+        }
+    }
+
     #[test]
     fn a_slow_replica_that_recovers_wins_again() {
         let mut policy = ReadPolicy::new(ReplicaSet::EMPTY);
