@@ -4,7 +4,7 @@
 //! replica. One job copies one region from one in-sync source to every replica that needs it:
 //!
 //! ```text
-//!  lock (shared: reads go on, writes wait) ─► for each chunk: hole? ──yes──► zero the targets ──┐
+//!  lock (shared: reads go on, writes wait; unsynced: exclusive) ─► for each chunk: hole? ──yes──► zero the targets ──┐
 //!                                                 └─no─► read ─► write data, zero runs of zeroes ┤
 //!     ┌────────────────────────────────── next chunk ◄──────────────────────────────────────────┘
 //!     └─► flush the targets ─► Done: unsynced mark and stale bits cleared, waiters woken
@@ -54,6 +54,8 @@ pub(super) enum JobEnd {
 pub(super) struct Job {
     region: RegionIndex,
     lock: LockId,
+    /// Reads in flight are over, so in-sync replicas may be written to.
+    exclusive: bool,
     source: Option<ReplicaSlot>,
     /// Sources that could not be read.
     unreadable: ReplicaSet,
@@ -233,10 +235,15 @@ impl Mirror {
         let range = self.regions.range(region);
         // The key is known only after the insertion, and the lock wants it: a placeholder goes first.
         let key = self.tasks.insert(Task::Starting);
-        let (lock, granted) = self.locks.acquire(range, Mode::Shared, key);
+        // Reads that come now wait for the sync of an unsynced region; those that came before it was unsynced may still
+        // be in flight on the replicas that are written to.
+        let exclusive = self.unsynced[region.index()];
+        let mode = if exclusive { Mode::Exclusive } else { Mode::Shared };
+        let (lock, granted) = self.locks.acquire(range, mode, key);
         let job = Job {
             region,
             lock,
+            exclusive,
             source: None,
             unreadable: ReplicaSet::EMPTY,
             targets: ReplicaSet::EMPTY,
@@ -256,9 +263,9 @@ impl Mirror {
     /// The region is locked: choose source and targets.
     pub(super) fn job_granted(&mut self, key: Key) {
         let job = self.job_mut(key);
-        let (region, unreadable) = (job.region, job.unreadable);
+        let (region, unreadable, exclusive) = (job.region, job.unreadable, job.exclusive);
         let sources = self.in_sync.difference(unreadable);
-        let unsynced = self.unsynced[region.index()];
+        let unsynced = exclusive && self.unsynced[region.index()];
         let stale: ReplicaSet =
             self.resyncing.iter().filter(|slot| self.maps.stale[slot.index()][region.index()]).collect();
         if !unsynced && stale.is_empty() {
@@ -275,7 +282,8 @@ impl Mirror {
         };
         let mut targets = stale;
         if unsynced {
-            targets = targets.union(self.in_sync.difference(ReplicaSet::only(source)));
+            // Resyncing ones as well: an earlier copy of theirs may have come from another source.
+            targets = self.active().difference(ReplicaSet::only(source));
         }
         if planted(Bug::ResyncWrongDirection)
             && let Some(wrong) = targets.first()

@@ -74,3 +74,30 @@ fn a_read_only_volume_writes_nothing_and_keeps_its_source_when_that_is_gone() {
     world.fault = Box::new(|_, _| None);
     assert_eq!(world.read(AT, 1), [0]);
 }
+
+#[test]
+fn a_sync_waits_for_reads_that_began_before_the_region_was_unsynced() {
+    let mut world = World::new(2);
+    let at = 196_608;
+    world.write(at, 8192, 1).unwrap();
+    // One read hangs on each replica; a write beside them fails everywhere.
+    let range = ByteRange::new(at, 4096);
+    let reads = [Request::Read { range }, Request::Read { range }].map(|request| world.send(request));
+    let hangs = |request: &DeviceOp| matches!(request, DeviceOp::Read { len, .. } if *len == 4096);
+    assert!(world.queue.iter().any(|(_, slot, _)| slot.index() == 1), "{:?}", world.queue);
+    world.fault = Box::new(|_, request| writes_data(request).then_some(Errno::ENOSPC));
+    let request = world.write_request(at + 4096, 4096, 2);
+    let write = world.send(request);
+    let failed = |slot, request: &DeviceOp| slot < 2 && writes_data(request);
+    assert!(world.step_where(&failed) && world.step_where(&failed));
+    assert_eq!(world.reply_to(write).unwrap().unwrap_err(), RequestError::NoSpace);
+    world.fault = Box::new(|_, _| None);
+    world.log.clear();
+    world.drain_where(&|_, request| !hangs(request));
+    assert!(!world.log.iter().any(|(_, what)| what == "write data" || what == "zero"), "{:?}", world.log);
+    world.drain();
+    for read in reads {
+        assert_eq!(world.reply_to(read).unwrap().unwrap().unwrap().bytes(), [1; 4096]);
+    }
+    assert!(world.same_data(0, 1));
+}
