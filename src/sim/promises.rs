@@ -231,7 +231,9 @@ impl World {
         for disk in self.in_sync_disks() {
             self.refresh_meta(disk)?;
         }
-        if self.meta.iter().any(|view| view.look) {
+        // Until it is open the bits of all replicas are being united.
+        let open = self.daemon.as_ref().is_some_and(|daemon| daemon.mirror.is_open());
+        if open && self.meta.iter().any(|view| view.look) {
             self.meta.iter_mut().for_each(|view| view.look = false);
             self.promise_4_clean_means_clean()?;
         }
