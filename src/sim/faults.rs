@@ -173,6 +173,7 @@ impl World {
     /// What happens while the daemon is down, and its start.
     pub(super) fn back_up(&mut self, victim: Option<usize>, all_in_sync: bool) -> Checked {
         let mut forgotten = None;
+        self.suspect = None;
         let rates = self.plan.faults.clone();
         // What nobody else has is not touched: there is no telling a lone copy from an old one.
         let lone = |victim: &usize| self.holders.iter().all(|holder| holder == victim);
@@ -199,7 +200,7 @@ impl World {
             }
             forgotten = self.rng.per_mille(rates.forgotten).then_some(victim);
         }
-        if all_in_sync && self.rng.per_mille(rates.split_brain) {
+        if all_in_sync && self.suspect.is_none() && self.rng.per_mille(rates.split_brain) {
             return self.split_brain();
         }
         let disks: Vec<usize> = (0..self.disks.len()).filter(|disk| Some(*disk) != forgotten).collect();

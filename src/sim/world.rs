@@ -27,6 +27,9 @@ use super::plan::Plan;
 use super::promises::MetaView;
 use super::rng::Rng;
 
+/// Far more events than any world needs.
+const EVENTS_MAX: u64 = 1_000_000;
+
 /// What went wrong: the promise's name and the details.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Violation(pub String);
@@ -264,6 +267,9 @@ impl World {
             }
         }
         self.check_promises()?;
+        if self.counts.events > EVENTS_MAX {
+            return violated("liveness", "there is no end of events");
+        }
         Ok(true)
     }
 
