@@ -18,6 +18,9 @@ use crate::units::{Nanos, REPLICAS_MAX, ReplicaSlot, SECOND_NS};
 /// How long a stop waits for clients to take their last replies, nanoseconds.
 pub(super) const SEND_NS_MAX: u64 = 5 * SECOND_NS;
 
+/// Clients at once, at most; each may hold a little memory beside the budget (see `memory`).
+const CONNECTIONS_MAX: usize = 4096;
+
 /// Who waits for the answer to an admin command.
 pub(super) struct AdminWaiter {
     answer: oneshot::Sender<AdminAnswer>,
@@ -75,6 +78,10 @@ impl DataPlane {
         let Connection { fd, session, leftover, peer } = connection;
         if self.stop.is_some() {
             tracing::info!("{peer}: refused, the volume is stopping");
+            return;
+        }
+        if self.clients.len() >= CONNECTIONS_MAX {
+            tracing::warn!("{peer}: refused, {CONNECTIONS_MAX} clients are connected");
             return;
         }
         // Replies are sent when they are there (HS-12). Fails on Unix sockets, which do that anyway.
