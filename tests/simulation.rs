@@ -2,6 +2,7 @@
 //!
 //! Needs the feature `sim`: `cargo test --features sim --test simulation`.
 #![cfg(feature = "sim")]
+#![allow(clippy::unwrap_used, reason = "a test")]
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};

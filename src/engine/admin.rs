@@ -116,10 +116,11 @@ impl DataPlane {
 
     fn admin_request(&mut self, request: AdminRequest, answer: oneshot::Sender<AdminAnswer>) {
         let prepared = match request {
+            // Also while it stops: a replica that hangs holds up requests in flight.
+            AdminRequest::Fail(slot) => Ok((AdminCommand::Fail(slot), None)),
             _ if self.stop.is_some() => {
                 Err(AdminError("the volume is stopping; start it again first".to_owned()))
             }
-            AdminRequest::Fail(slot) => Ok((AdminCommand::Fail(slot), None)),
             AdminRequest::Remove(slot) => Ok((AdminCommand::Remove(slot), None)),
             AdminRequest::Add { device, found, force, fresh_uuid } => {
                 self.check_candidate(&device).map(|()| {

@@ -20,6 +20,7 @@ use super::describe::{describe, printable};
 use super::refuse;
 use super::superblock::Superblock;
 use super::verdict::{Lineage, Verdict, lineage, verdict};
+use crate::planted::{Bug, planted};
 use crate::units::{REPLICAS_MAX, ReplicaSet, ReplicaSlot};
 
 pub use super::refuse::AssembleError;
@@ -286,7 +287,7 @@ impl Roles {
         }
         // After an orderly stop the in-sync replicas hold the same bytes, whatever bits had to stay set (a replica
         // that is away keeps them).
-        let may_differ = self.in_sync.len() >= 2 && !head.clean;
+        let may_differ = self.in_sync.len() >= 2 && !head.clean && !planted(Bug::EqualCountersEqualData);
         let unsynced = if may_differ { maps.intent.clone() } else { Bitmap::repeat(false, regions) };
         let Some(source) = self.in_sync.first() else {
             unreachable!("assemble refuses or forces where none is in sync")

@@ -24,6 +24,7 @@ use uuid::Uuid;
 use super::assemble::Found;
 use super::describe::{format_utc, printable};
 use super::superblock::{Member, MemberState, PARENTS_MAX, Superblock};
+use crate::planted::{Bug, planted};
 use crate::units::ReplicaSlot;
 
 /// What becomes of a replica that an operator adds to a running volume.
@@ -132,6 +133,14 @@ pub(super) fn verdict(head: &Superblock, found: &Superblock) -> Verdict {
     }
     match lineage(found, head) {
         Lineage::Same | Lineage::Older => {}
+        _ if planted(Bug::DivergenceIgnored) => {
+            let own = head_entry(head, found).map(|entry| entry.state);
+            return if own == Some(MemberState::InSync) {
+                Verdict::InSync(found.slot)
+            } else {
+                Verdict::Delta(found.slot)
+            };
+        }
         Lineage::Newer => return Verdict::Diverged("it was used without the others since".to_owned()),
         Lineage::Unrelated => return Verdict::Diverged(unrelated(head, found)),
     }

@@ -160,6 +160,8 @@ impl Mirror {
     /// the other: a crash then would leave a replica of two volumes.
     fn wipe_candidate(&mut self, id: AdminId, slot: ReplicaSlot, why: String) {
         self.admin.preparing.push(Preparing { id, slot, why, operations: 2, error: None });
+        // New requests keep its alignment from now on.
+        self.refresh_alignment();
         self.wipe_superblocks(slot, OpOwner::Prepare);
     }
 
@@ -188,7 +190,11 @@ impl Mirror {
         }
         let preparing = self.admin.preparing.remove(at);
         if let Some(errno) = preparing.error {
-            let text = format!("{} cannot be written: {errno}", self.describe(slot));
+            let text = if self.stopping() {
+                "the volume is stopping".to_owned()
+            } else {
+                format!("{} cannot be written: {errno}", self.describe(slot))
+            };
             self.replica_mut(slot).closing = true;
             self.work.push_back(Work::DetachIfIdle(slot));
             self.refresh_alignment();
@@ -215,6 +221,16 @@ impl Mirror {
         let text = format!("{} is resyncing: {bytes} bytes to copy ({how})", self.describe(slot));
         self.notice(NoticeLevel::Info, text.clone());
         self.admin.pending.push(Pending::Answer(id, text));
+    }
+
+    /// The volume stops: candidates that wait or are being prepared (and may hang) are not taken in.
+    pub(super) fn give_up_candidates(&mut self) {
+        for (id, _) in std::mem::take(&mut self.admin.waiting) {
+            self.refuse(id, "the volume is stopping");
+        }
+        for slot in self.slots_being_prepared().iter() {
+            self.abandon_ops(slot);
+        }
     }
 
     /// Whether `add` is still preparing the replica in `slot`.

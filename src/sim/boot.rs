@@ -184,6 +184,14 @@ impl World {
     pub fn start(&mut self, disks: &[usize]) -> Checked {
         let (assembly, index_of_found) = match self.assemble(disks) {
             Ok(assembled) => assembled,
+            Err(AssembleError::Diverged(why)) if self.suspect.is_some() => {
+                // An old copy of a replica with another past may be refused; the operator takes a blank disk then.
+                self.trace(|| format!("refused because of an old copy: {why}"));
+                if let Some(disk) = self.suspect.take() {
+                    self.replace_disk(disk);
+                }
+                return self.start(disks);
+            }
             Err(error) if self.plan.within_model => {
                 return violated("promise_8_assembly", format!("refused though a replica is well: {error}"));
             }

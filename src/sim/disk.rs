@@ -70,6 +70,8 @@ pub struct Disk {
     open: BTreeSet<u64>,
     meta_from: u64,
     meta_epoch: u64,
+    /// Sectors (by block) that a failed flush lost, with the newest write that was lost; of this life of the daemon.
+    lost: BTreeMap<u64, (u8, u64)>,
 }
 
 impl Disk {
@@ -86,6 +88,7 @@ impl Disk {
             open: BTreeSet::new(),
             meta_from: bytes,
             meta_epoch: 0,
+            lost: BTreeMap::new(),
         }
     }
 
@@ -218,7 +221,7 @@ impl Disk {
     /// Takes the chosen versions out of the history, into the durable image where `keep`. Older versions of
     /// sectors that become durable can never come back.
     fn settle(&mut self, chosen: impl Fn(u64) -> bool, keep: bool) {
-        let (durable, meta_from) = (&mut self.durable, self.meta_from);
+        let (durable, meta_from, lost) = (&mut self.durable, self.meta_from, &mut self.lost);
         let mut meta_changed = false;
         self.history.retain(|block, versions| {
             for at in 0..versions.len() {
@@ -232,6 +235,13 @@ impl Disk {
                     for older in &mut versions[..at] {
                         older.sectors &= !sectors;
                     }
+                    if let Some((mask, _)) = lost.get_mut(block) {
+                        *mask &= !sectors;
+                    }
+                } else {
+                    let (mask, newest) = lost.entry(*block).or_default();
+                    *mask |= sectors;
+                    *newest = versions[at].write.max(*newest);
                 }
             }
             versions.retain(|version| version.sectors != 0);
@@ -265,12 +275,15 @@ impl Disk {
             }
         }
         self.cached = self.durable.clone();
+        self.lost.clear();
         self.open.clear();
         self.meta_epoch += 1;
     }
 
-    /// The process was killed: writes on their way have been applied as far as the caller applied them.
+    /// The process was killed: writes on their way have been applied as far as the caller applied them. What a
+    /// failed flush lost is known to nobody any more.
     pub fn process_killed(&mut self) {
+        self.lost.clear();
         self.open.clear();
     }
 
@@ -284,6 +297,7 @@ impl Disk {
     pub fn put_back(&mut self, image: Image) {
         self.durable = image.clone();
         self.cached = image;
+        self.lost.clear();
         self.history.clear();
         self.open.clear();
         self.meta_epoch += 1;
@@ -325,6 +339,10 @@ impl Disk {
     /// The first block under `limit` bytes with a write that `mark` covers and that is not durable.
     #[must_use]
     pub fn unflushed_before(&self, mark: &FlushMark, limit: u64) -> Option<u64> {
+        let mut lost = self.lost.range(..limit.div_ceil(BLOCK_BYTES));
+        if let Some((block, _)) = lost.find(|(_, (mask, newest))| *mask != 0 && mark.covers(*newest)) {
+            return Some(*block);
+        }
         self.history
             .range(..limit.div_ceil(BLOCK_BYTES))
             .find(|(_, versions)| versions.iter().any(|version| mark.covers(version.write)))

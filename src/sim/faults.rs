@@ -173,6 +173,7 @@ impl World {
     /// What happens while the daemon is down, and its start.
     pub(super) fn back_up(&mut self, victim: Option<usize>, all_in_sync: bool) -> Checked {
         let mut forgotten = None;
+        self.suspect = None;
         let rates = self.plan.faults.clone();
         // What nobody else has is not touched: there is no telling a lone copy from an old one.
         let lone = |victim: &usize| self.holders.iter().all(|holder| holder == victim);
@@ -187,6 +188,7 @@ impl World {
                 self.trace(|| format!("disk {victim}: an old copy is put back"));
                 let old = self.disks[victim].copies[which].1.clone();
                 self.disks[victim].disk.put_back(old);
+                self.suspect = Some(victim);
             } else if self.rng.per_mille(rates.blank) {
                 self.trace(|| format!("disk {victim}: replaced by a blank one"));
                 self.replace_disk(victim);
@@ -198,7 +200,7 @@ impl World {
             }
             forgotten = self.rng.per_mille(rates.forgotten).then_some(victim);
         }
-        if all_in_sync && self.rng.per_mille(rates.split_brain) {
+        if all_in_sync && self.suspect.is_none() && self.rng.per_mille(rates.split_brain) {
             return self.split_brain();
         }
         let disks: Vec<usize> = (0..self.disks.len()).filter(|disk| Some(*disk) != forgotten).collect();
@@ -207,7 +209,9 @@ impl World {
         if self.holders.iter().all(|disk| self.disks[*disk].gone) {
             self.disks.iter_mut().for_each(|disk| disk.gone = false);
         }
-        self.start(&disks)
+        self.start(&disks)?;
+        self.suspect = None;
+        Ok(())
     }
 
     fn rot(&mut self, disk: usize) {

@@ -82,7 +82,10 @@ impl World {
         let cleared = before.maps.intent.clone() & !after.maps.intent.clone();
         for region in cleared.iter_ones() {
             for (slot, _) in after.superblock.members() {
-                if after.maps.stale[slot.index()][region] && before.maps.stale[slot.index()][region] {
+                // One that comes back says itself what it missed, in regions that were clean before too.
+                let back = self.daemon.as_ref().is_some_and(|daemon| daemon.resyncing.contains(slot));
+                if !back && after.maps.stale[slot.index()][region] && before.maps.stale[slot.index()][region]
+                {
                     return violated(
                         "promise_4_clean_means_clean",
                         format!(
@@ -231,7 +234,9 @@ impl World {
         for disk in self.in_sync_disks() {
             self.refresh_meta(disk)?;
         }
-        if self.meta.iter().any(|view| view.look) {
+        // Until it is open the bits of all replicas are being united.
+        let open = self.daemon.as_ref().is_some_and(|daemon| daemon.mirror.is_open());
+        if open && self.meta.iter().any(|view| view.look) {
             self.meta.iter_mut().for_each(|view| view.look = false);
             self.promise_4_clean_means_clean()?;
         }

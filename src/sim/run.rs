@@ -92,7 +92,7 @@ fn heal(world: &mut World) -> Checked {
     }
     let regions = world.regions().count();
     let slow = world.plan.latency_ns * world.plan.slow_factor;
-    let limit = world.now.plus(120 * SECOND_NS + regions * 100 * slow);
+    let limit = world.now.plus(40 * SECOND_NS + regions * 100 * slow);
     let mut rounds = 0;
     while !is_well(world) {
         if world.beyond_repair {

@@ -27,6 +27,9 @@ use super::plan::Plan;
 use super::promises::MetaView;
 use super::rng::Rng;
 
+/// Far more events than any world needs.
+const EVENTS_MAX: u64 = 1_000_000;
+
 /// What went wrong: the promise's name and the details.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Violation(pub String);
@@ -172,6 +175,8 @@ pub struct World {
     ticks_now: u32,
     /// The sides of a split are being run: disks that are not there have histories of their own.
     pub split: bool,
+    /// The disk that an old copy has just been put back on.
+    pub suspect: Option<usize>,
     /// Disks that were in sync when the daemon ended: one of them has to be there at the next start.
     pub holders: Vec<usize>,
 }
@@ -206,6 +211,7 @@ impl World {
             last_tick: Nanos(0),
             ticks_now: 0,
             split: false,
+            suspect: None,
             holders: vec![],
         }
     }
@@ -261,6 +267,9 @@ impl World {
             }
         }
         self.check_promises()?;
+        if self.counts.events > EVENTS_MAX {
+            return violated("liveness", "there is no end of events");
+        }
         Ok(true)
     }
 
