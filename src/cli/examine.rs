@@ -13,7 +13,7 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use super::size::pretty;
-use super::{Outcome, print};
+use super::{Outcome, complain, print};
 use crate::control::failure::Failure;
 use crate::format::Found;
 use crate::format::bitmap::Bitmap;
@@ -102,7 +102,7 @@ impl Examine {
             if failures.peek().is_none() {
                 return Err(Failure::new(error));
             }
-            eprintln!("nbdmirror: {error}");
+            complain(&error);
         }
         Ok(())
     }

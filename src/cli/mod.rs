@@ -28,6 +28,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::control::failure::Failure;
+use crate::control::log;
 
 const AFTER_HELP: &str = "\
 Examples:
@@ -90,10 +91,11 @@ impl Cli {
             Verb::Man(verb) => verb.run(),
             Verb::Completions(verb) => verb.run(),
         };
+        log::flush();
         match result {
             Ok(()) => ExitCode::SUCCESS,
             Err(failure) => {
-                eprintln!("nbdmirror: {failure}");
+                complain(&failure);
                 ExitCode::FAILURE
             }
         }
@@ -102,6 +104,12 @@ impl Cli {
 
 /// What every verb gives.
 type Outcome = Result<(), Failure>;
+
+/// Says on standard error what went wrong. That it cannot be said is no reason to panic, as `eprintln` does.
+fn complain(what: &dyn std::fmt::Display) {
+    use std::io::Write;
+    _ = writeln!(std::io::stderr(), "nbdmirror: {what}");
+}
 
 /// Prints to standard output; a reader that went away (such as `head`) is not an error worth a message.
 fn print(text: &str) -> Outcome {

@@ -108,9 +108,9 @@ fn parse_memory_size(text: &str) -> Result<u64, String> {
 
 impl Serve {
     pub(super) fn run(self) -> Outcome {
-        log_to_stderr(self.verbose);
-        // Before any thread starts.
+        // Before any thread starts, the log's too.
         control::block_signals()?;
+        log_to_stderr(self.verbose);
         check_io_uring().map_err(|error| Failure::new(error.to_string()))?;
         raise_descriptor_limit();
         if self.create.is_some() && self.read_only {
@@ -202,6 +202,12 @@ impl Serve {
         if let Some(name) = &self.name {
             assembly.head.name.clone_from(name);
         }
+        // Paths change (`/dev/sdb` is another disk after a boot): operators name a replica as it is named now.
+        for (member, index) in assembly.head.members.iter_mut().zip(assembly.found_of_slot) {
+            if let (Some(member), Some(index)) = (member, index) {
+                member.path.clone_from(&gathered.found[index].path);
+            }
+        }
         Ok(assembly)
     }
 
@@ -264,6 +270,8 @@ impl Serve {
         let listen_uris: Vec<String> =
             sockets.listeners.iter().map(|listener| banner::uri(&listener.place(), &export.name)).collect();
         let places: Vec<_> = sockets.listeners.iter().map(Listener::place).collect();
+        // What is said of the start stands before it.
+        control::log::flush();
         print(&banner::banner(&status, &places, sockets.control.path()))?;
         let report = control::run(ControlConfig {
             listeners: sockets.listeners,
@@ -356,13 +364,7 @@ fn log_to_stderr(verbose: u8) {
     } else {
         EnvFilter::new(default)
     };
-    // Set already only where tests call this twice.
-    let _ = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
-        .with_target(false)
-        .try_init();
+    control::log::to_stderr(filter);
 }
 
 /// Each client is a descriptor, and the usual soft limit of 1024 is a relic of `select`.

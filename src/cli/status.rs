@@ -3,7 +3,7 @@
 use clap::Args;
 
 use super::target::Target;
-use super::{Outcome, print, status_view};
+use super::{Outcome, complain, print, status_view};
 use crate::control::client::Client;
 use crate::control::failure::Failure;
 use crate::control::protocol::{Request, VolumeStatus};
@@ -56,7 +56,7 @@ fn running_volumes() -> Result<(Vec<VolumeStatus>, Option<Failure>), Failure> {
             Ok(status) => running.extend(status),
             Err(failure) => {
                 if let Some(earlier) = silent.replace(failure) {
-                    eprintln!("nbdmirror: {earlier}");
+                    complain(&earlier);
                 }
             }
         }

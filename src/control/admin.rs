@@ -23,7 +23,7 @@ use crate::engine::{AdminRequest, EngineHandle, StopReport};
 use crate::format::Found;
 use crate::format::describe::shell_word;
 use crate::format::layout::Layout;
-use crate::mirror::status::{ReplicaStatus, Status};
+use crate::mirror::status::{ReplicaState, ReplicaStatus, Status};
 use crate::units::{REPLICAS_MAX, Regions, ReplicaSlot};
 
 /// Most operators at once.
@@ -195,19 +195,11 @@ impl Desk {
     }
 
     async fn add(&self, path: String, force: bool) -> Result<Answer, Failure> {
-        if !Path::new(&path).exists() {
+        let (open, wanted) = (self.open_replica, path.clone());
+        let look = move || Path::new(&wanted).exists().then(|| open(Path::new(&wanted), force));
+        let Some(opened) = off_thread(look).await? else {
             return Err(self.nothing_to_add(&path).await);
-        }
-        let (sender, receiver) = oneshot::channel();
-        let open = self.open_replica;
-        std::thread::Builder::new()
-            .name("add-replica".to_owned())
-            .spawn(move || {
-                // Whoever asked may have left; then the device is closed again.
-                let _ = sender.send(open(Path::new(&path), force));
-            })
-            .map_err(|error| Failure::new(format!("cannot start a thread: {error}")))?;
-        let opened = receiver.await.map_err(|_| Failure::new("the thread that opens the replica ended"))?;
+        };
         let (device, found) = opened?;
         self.command(AdminRequest::Add { device, found, force, fresh_uuid: Uuid::new_v4() }).await
     }
@@ -231,28 +223,49 @@ impl Desk {
     }
 
     async fn slot_of(&self, replica: &str) -> Result<ReplicaSlot, Failure> {
-        let engine = self.engine.status().await.map_err(|_| engine_gone())?;
-        find_replica(&engine.volume, replica)
+        let volume = self.engine.status().await.map_err(|_| engine_gone())?.volume;
+        // A missing one may be recorded under the path that another one has now.
+        let named = volume.replicas.iter().filter(|known| is_named(known, replica));
+        let named = named.min_by_key(|known| known.state == ReplicaState::Missing);
+        if let Some(named) = named.filter(|named| named.slot < REPLICAS_MAX) {
+            return Ok(ReplicaSlot::new(named.slot));
+        }
+        let wanted = replica.to_owned();
+        off_thread(move || find_by_file(&volume, &wanted)).await?
     }
+}
+
+/// Does what may wait for a disk on a thread of its own. Where whoever asked has left, the result is dropped.
+async fn off_thread<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Failure> {
+    let (sender, receiver) = oneshot::channel();
+    std::thread::Builder::new()
+        .name("replica-files".to_owned())
+        .spawn(move || _ = sender.send(work()))
+        .map_err(|error| Failure::new(format!("cannot start a thread: {error}")))?;
+    receiver.await.map_err(|_| Failure::new("the thread that looks at the replica has ended"))
 }
 
 fn engine_gone() -> Failure {
     Failure::new("the volume's engine has ended").hint("look at the daemon's log")
 }
 
-/// The member that an operator means: by slot number, identity, or path (also through a link).
-fn find_replica(volume: &Status, wanted: &str) -> Result<ReplicaSlot, Failure> {
-    let same_file = |path: &str| match (std::fs::canonicalize(path), std::fs::canonicalize(wanted)) {
+/// Whether an operator means this member: by slot number, identity, or path as it stands.
+fn is_named(replica: &ReplicaStatus, wanted: &str) -> bool {
+    wanted.parse() == Ok(replica.slot)
+        || Uuid::parse_str(wanted) == Ok(replica.uuid)
+        || replica.path == wanted
+}
+
+/// The member whose path leads, through whatever links, to the same file as `wanted`. May wait for a disk.
+fn find_by_file(volume: &Status, wanted: &str) -> Result<ReplicaSlot, Failure> {
+    let same_file = |replica: &&ReplicaStatus| match (
+        std::fs::canonicalize(&replica.path),
+        std::fs::canonicalize(wanted),
+    ) {
         (Ok(one), Ok(other)) => one == other,
         _ => false,
     };
-    let is_meant = |replica: &&ReplicaStatus| {
-        wanted.parse() == Ok(replica.slot)
-            || Uuid::parse_str(wanted) == Ok(replica.uuid)
-            || replica.path == wanted
-            || same_file(&replica.path)
-    };
-    match volume.replicas.iter().find(is_meant) {
+    match volume.replicas.iter().find(same_file) {
         Some(replica) if replica.slot < REPLICAS_MAX => Ok(ReplicaSlot::new(replica.slot)),
         _ => {
             let known: Vec<String> = volume

@@ -192,8 +192,7 @@ fn bind_tcp(host: &str, port: u16) -> Result<Vec<Listener>, Failure> {
 pub struct UnixSocket {
     listener: UnixListener,
     path: PathBuf,
-    lock_path: PathBuf,
-    _lock: Flock<File>,
+    _lock: SocketLock,
 }
 
 impl UnixSocket {
@@ -207,15 +206,12 @@ impl UnixSocket {
             .map_err(|error| Failure::new(format!("cannot use {}: {error}", path.display())))?;
         // A relative path may have grown beyond what the kernel takes.
         check_socket_path(&path).map_err(|what| Failure::new(format!("{}: {what}", path.display())))?;
-        let mut lock_path = path.clone().into_os_string();
-        lock_path.push(".lock");
-        let lock_path = PathBuf::from(lock_path);
-        let lock = take_lock(&path, &lock_path)?;
+        let lock = SocketLock::take(&path)?;
         clear_dead_socket(&path)?;
         let refused =
             |error: io::Error| Failure::new(format!("cannot listen on {}: {error}", path.display()));
         let listener = UnixListener::bind(&path).map_err(refused)?;
-        let socket = Self { listener, path: path.clone(), lock_path, _lock: lock };
+        let socket = Self { listener, path: path.clone(), _lock: lock };
         std::fs::set_permissions(&socket.path, Permissions::from_mode(mode)).map_err(refused)?;
         Ok(socket)
     }
@@ -235,9 +231,32 @@ impl UnixSocket {
 
 impl Drop for UnixSocket {
     fn drop(&mut self) {
-        // The lock file goes last and while it is still locked: who waits for it looks at its name again.
+        // While it is still locked: fields are dropped after this.
         let _ = std::fs::remove_file(&self.path);
-        let _ = std::fs::remove_file(&self.lock_path);
+    }
+}
+
+/// The lock beside a socket. Dropping it removes its file.
+#[derive(Debug)]
+struct SocketLock {
+    path: PathBuf,
+    _locked: Flock<File>,
+}
+
+impl SocketLock {
+    fn take(socket: &Path) -> Result<Self, Failure> {
+        let mut path = socket.as_os_str().to_owned();
+        path.push(".lock");
+        let path = PathBuf::from(path);
+        let locked = take_lock(socket, &path)?;
+        Ok(Self { path, _locked: locked })
+    }
+}
+
+impl Drop for SocketLock {
+    fn drop(&mut self) {
+        // While it is still locked: who waits for it looks at its name again.
+        let _ = std::fs::remove_file(&self.path);
     }
 }
 
@@ -369,6 +388,7 @@ mod tests {
         std::fs::write(&path, "precious").unwrap();
         assert!(UnixSocket::bind(&path, 0o600).unwrap_err().what.contains("not a socket"));
         assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "a lock is left behind");
         assert!(
             UnixSocket::bind(&dir.path().join("no/v.sock"), 0o600)
                 .unwrap_err()

@@ -14,6 +14,7 @@ mod admin;
 pub mod client;
 pub mod failure;
 pub mod listen;
+pub mod log;
 mod negotiate;
 pub mod protocol;
 pub mod runtime_dir;

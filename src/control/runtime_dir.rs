@@ -64,17 +64,30 @@ fn check_owner(dir: &Path, metadata: &Metadata) -> Result<(), Failure> {
         .hint(format!("remove it, or name a directory of your own in ${RUNTIME_DIR_VARIABLE}")))
 }
 
+/// The runtime directory, to look for running volumes in; `None` where it does not exist.
+///
+/// # Errors
+/// It is not a directory, or others than root and this user may write in it: what stands there may be a trap.
+pub fn trusted_runtime_dir() -> Result<Option<PathBuf>, Failure> {
+    let dir = runtime_dir();
+    match std::fs::symlink_metadata(&dir) {
+        Ok(metadata) => check_owner(&dir, &metadata).map(|()| Some(dir)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(cannot_read(&dir, &error)),
+    }
+}
+
+fn cannot_read(dir: &Path, error: &std::io::Error) -> Failure {
+    Failure::new(format!("cannot read {}: {error}", dir.display()))
+}
+
 /// The control sockets in the runtime directory, in order of name; none where it does not exist.
 ///
 /// # Errors
-/// The directory is there and cannot be read.
+/// The directory is there and cannot be read, or not trusted.
 pub fn control_sockets() -> Result<Vec<PathBuf>, Failure> {
-    let dir = runtime_dir();
-    let entries = match std::fs::read_dir(&dir) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(Failure::new(format!("cannot read {}: {error}", dir.display()))),
-    };
+    let Some(dir) = trusted_runtime_dir()? else { return Ok(Vec::new()) };
+    let entries = std::fs::read_dir(&dir).map_err(|error| cannot_read(&dir, &error))?;
     let mut sockets: Vec<PathBuf> = entries
         .filter_map(|entry| entry.ok().map(|entry| entry.path()))
         .filter(|path| path.to_str().is_some_and(|path| path.ends_with(CONTROL_SUFFIX)))

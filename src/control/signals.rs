@@ -35,6 +35,7 @@ pub(super) fn watch(stop: mpsc::Sender<StopRequest>) -> Result<(), Failure> {
         let _ = stop.blocking_send(sender);
         if let Ok(signal) = signals.wait() {
             tracing::warn!("{signal} again: ending at once; the next start resyncs");
+            super::log::flush();
             std::process::exit(INTERRUPTED);
         }
     };

@@ -18,6 +18,9 @@ use crate::units::{Nanos, REPLICAS_MAX, ReplicaSlot, SECOND_NS};
 /// How long a stop waits for clients to take their last replies, nanoseconds.
 pub(super) const SEND_NS_MAX: u64 = 5 * SECOND_NS;
 
+/// Clients at once, at most; each may hold a little memory beside the budget (see `memory`).
+const CONNECTIONS_MAX: usize = 4096;
+
 /// Who waits for the answer to an admin command.
 pub(super) struct AdminWaiter {
     answer: oneshot::Sender<AdminAnswer>,
@@ -77,6 +80,10 @@ impl DataPlane {
             tracing::info!("{peer}: refused, the volume is stopping");
             return;
         }
+        if self.clients.len() >= CONNECTIONS_MAX {
+            tracing::warn!("{peer}: refused, {CONNECTIONS_MAX} clients are connected");
+            return;
+        }
         // Replies are sent when they are there (HS-12). Fails on Unix sockets, which do that anyway.
         match setsockopt(&fd, sockopt::TcpNoDelay, &true) {
             Ok(()) | Err(Errno::EOPNOTSUPP | Errno::ENOPROTOOPT) => {}
@@ -109,10 +116,11 @@ impl DataPlane {
 
     fn admin_request(&mut self, request: AdminRequest, answer: oneshot::Sender<AdminAnswer>) {
         let prepared = match request {
+            // Also while it stops: a replica that hangs holds up requests in flight.
+            AdminRequest::Fail(slot) => Ok((AdminCommand::Fail(slot), None)),
             _ if self.stop.is_some() => {
                 Err(AdminError("the volume is stopping; start it again first".to_owned()))
             }
-            AdminRequest::Fail(slot) => Ok((AdminCommand::Fail(slot), None)),
             AdminRequest::Remove(slot) => Ok((AdminCommand::Remove(slot), None)),
             AdminRequest::Add { device, found, force, fresh_uuid } => {
                 self.check_candidate(&device).map(|()| {

@@ -33,10 +33,12 @@ use crate::mirror::event::{
     Action, AdminId, DeviceOutput, Event, Notice, NoticeLevel, OpId, RequestError, RequestId,
 };
 use crate::nbd::wire::NbdError;
-use crate::units::Nanos;
+use crate::units::{Nanos, SECOND_NS};
 
 /// Part of the memory budget that is kept for reuse when free.
 const KEEP_DIVISOR: u64 = 4;
+/// How long the end waits for operations on failed replicas, nanoseconds.
+const CLOSE_NS_MAX: u64 = 3 * SECOND_NS;
 /// Completions handled between two looks at the clock.
 const CLOCK_EVERY: usize = 8;
 
@@ -233,7 +235,8 @@ impl DataPlane {
         }
     }
 
-    /// Ends: nothing of the clients or the core is under way.
+    /// Ends: nothing of the clients or the core is under way, but for operations on failed replicas. Where such a
+    /// replica hangs, they are left to the kernel (and their memory with them).
     fn close(mut self, report: StopReport) -> StopReport {
         if let Some(target) = self.wake.take() {
             self.ring.start(Operation::Cancel { target });
@@ -242,6 +245,8 @@ impl DataPlane {
             self.break_off(key);
         }
         let mut completions = Vec::new();
+        self.look_at_clock();
+        let give_up_at = self.now.plus(CLOSE_NS_MAX);
         loop {
             for key in self.clients.keys() {
                 self.let_go_if_done(key);
@@ -249,7 +254,16 @@ impl DataPlane {
             if self.ring.in_flight() == 0 {
                 break;
             }
-            self.ring.wait(None, &mut completions);
+            let left_ns = give_up_at.since(self.now);
+            if left_ns == 0 {
+                tracing::warn!(
+                    "{} operations on failed replicas do not end; they are given up",
+                    self.ring.in_flight()
+                );
+                break;
+            }
+            self.ring.wait(Some(Duration::from_nanos(left_ns)), &mut completions);
+            self.look_at_clock();
             for completion in completions.drain(..) {
                 match completion.operation {
                     Operation::Wake { .. } | Operation::Cancel { .. } => {}

@@ -99,7 +99,7 @@ pub enum DeviceOpenError {
     },
     /// Mounted, or part of something else.
     #[error(
-        "{path} is in use by the kernel (mounted, swap, LVM, md or held by another program). Free it first; `lsblk` and `fuser` show by whom"
+        "{path} is in use (mounted, swap, LVM, md, or held by a program such as another nbdmirror). Free it first; `lsblk` and `fuser` show by whom"
     )]
     InUse {
         /// Its path.
@@ -150,12 +150,7 @@ impl ReplicaDevice {
         if kind == DeviceKind::BlockDevice && access == Access::ReadWrite {
             flags |= libc::O_EXCL;
         }
-        let file = OpenOptions::new()
-            .read(true)
-            .write(access == Access::ReadWrite)
-            .custom_flags(flags)
-            .open(path)
-            .map_err(|error| open_error(&shown, access, error))?;
+        let file = open_waiting(path, access, flags).map_err(|error| open_error(&shown, access, error))?;
         let metadata = file.metadata().map_err(|e| fail("look at it", e))?;
         if kind_of(&metadata) != Ok(kind) {
             return Err(fail("open it", io::Error::other("it was replaced while being opened")));
@@ -324,6 +319,19 @@ fn open_error(path: &str, access: Access, source: io::Error) -> DeviceOpenError 
         Some(libc::EBUSY | libc::ETXTBSY) => DeviceOpenError::InUse { path },
         _ => DeviceOpenError::Io { path, doing: "open it", source },
     }
+}
+
+/// Opens, and waits while a killed daemon still holds a block device (see [`LOCK_TRIES`]).
+fn open_waiting(path: &Path, access: Access, flags: i32) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(access == Access::ReadWrite).custom_flags(flags);
+    for _ in 1..LOCK_TRIES {
+        match options.open(path) {
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => std::thread::sleep(LOCK_RETRY),
+            result => return result,
+        }
+    }
+    options.open(path)
 }
 
 fn lock(file: &File, access: Access, path: &str) -> Result<(), DeviceOpenError> {

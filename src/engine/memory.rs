@@ -92,6 +92,11 @@ impl Budget {
         !self.line.is_empty()
     }
 
+    /// Most bytes that are charged, but for the exceptions above.
+    pub(super) fn bytes_max(&self) -> u64 {
+        self.bytes_max
+    }
+
     /// Bytes charged.
     pub(super) fn used_bytes(&self) -> u64 {
         self.used_bytes

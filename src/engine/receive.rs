@@ -72,8 +72,10 @@ impl DataPlane {
                 let capacity = buffer.len();
                 client.took_buffer(buffer, filled + count);
                 if filled + count == capacity {
-                    client.buffer_bytes =
-                        (capacity * BUFFER_GROWTH).clamp(BUFFER_BYTES_MIN, BUFFER_BYTES_MAX);
+                    // Nobody is charged for these buffers: many greedy clients get small ones.
+                    let roomy = self.pool.used_bytes() as u64 <= self.budget.bytes_max() / 2;
+                    let grown = if roomy { capacity * BUFFER_GROWTH } else { BUFFER_BYTES_MIN };
+                    client.buffer_bytes = grown.clamp(BUFFER_BYTES_MIN, BUFFER_BYTES_MAX);
                     self.sweep_within(IDLE_NS);
                 }
             }

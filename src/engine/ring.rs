@@ -3,7 +3,7 @@
 //! What must hold: an operation is in the slab from before its entry is queued until its completion has been
 //! taken. A ring that is dropped with operations in flight leaks them: the kernel may still use their memory.
 
-use std::io;
+use std::io::{self, Write};
 use std::time::Duration;
 
 use io_uring::{IoUring, types};
@@ -108,7 +108,9 @@ impl Ring {
                 }
             }
             _ => {
-                tracing::error!("the data plane's io_uring failed, this process ends now: {error}");
+                // Not by the log: it is written by another thread, which ends with this one.
+                let text = "nbdmirror: the data plane's io_uring failed, this process ends now";
+                _ = writeln!(io::stderr(), "{text}: {error}");
                 std::process::abort();
             }
         }

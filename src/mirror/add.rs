@@ -190,7 +190,11 @@ impl Mirror {
         }
         let preparing = self.admin.preparing.remove(at);
         if let Some(errno) = preparing.error {
-            let text = format!("{} cannot be written: {errno}", self.describe(slot));
+            let text = if self.stopping() {
+                "the volume is stopping".to_owned()
+            } else {
+                format!("{} cannot be written: {errno}", self.describe(slot))
+            };
             self.replica_mut(slot).closing = true;
             self.work.push_back(Work::DetachIfIdle(slot));
             self.refresh_alignment();
@@ -217,6 +221,16 @@ impl Mirror {
         let text = format!("{} is resyncing: {bytes} bytes to copy ({how})", self.describe(slot));
         self.notice(NoticeLevel::Info, text.clone());
         self.admin.pending.push(Pending::Answer(id, text));
+    }
+
+    /// The volume stops: candidates that wait or are being prepared (and may hang) are not taken in.
+    pub(super) fn give_up_candidates(&mut self) {
+        for (id, _) in std::mem::take(&mut self.admin.waiting) {
+            self.refuse(id, "the volume is stopping");
+        }
+        for slot in self.slots_being_prepared().iter() {
+            self.abandon_ops(slot);
+        }
     }
 
     /// Whether `add` is still preparing the replica in `slot`.

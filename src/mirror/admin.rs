@@ -4,7 +4,8 @@
 //!  fail    replica leaves ─► settled ─► answer
 //!  add     see `add`
 //!  remove  leaves, slot out of the table ─► settled ─► wipe its superblocks ─► close, answer
-//!  stop    drain requests ─► drain jobs ─► flush all ─► clear bits ─► pages clean ─► superblock "clean" ─► answer
+//!  stop    drain requests ─► drain jobs ─► flush all ─► clear bits ─► pages clean ─► superblock ─► superblock "clean"
+//!          ─► answer
 //! ```
 
 use super::add::Preparing;
@@ -24,6 +25,9 @@ pub(super) enum StopStage {
     Flushing,
     /// Pages with cleared bits go out.
     Pages,
+    /// One more superblock goes out: with the last one a copy of a replica taken while the volume ran is two events
+    /// behind, and so never taken for current.
+    Count,
     /// The superblock that says "clean" goes out.
     Superblock,
     /// Over; whether it was clean.
@@ -73,7 +77,9 @@ impl Mirror {
             );
             return;
         }
-        if self.stopping() {
+        // A replica that hangs would hold up the stop: it can be failed until the end.
+        let may_fail = matches!(command, AdminCommand::Fail(_)) && !self.stopped();
+        if self.stopping() && !may_fail {
             self.refuse(id, "the volume is stopping");
             return;
         }
@@ -87,6 +93,7 @@ impl Mirror {
             AdminCommand::Remove(slot) => self.admin_remove(id, slot),
             AdminCommand::Stop => {
                 self.admin.stop = Some((id, StopStage::Draining));
+                self.give_up_candidates();
                 for (id, _) in std::mem::take(&mut self.early) {
                     self.reply(id, Err(RequestError::Stopping));
                 }
@@ -198,6 +205,10 @@ impl Mirror {
         self.admin.stop.is_some()
     }
 
+    fn stopped(&self) -> bool {
+        matches!(self.admin.stop, Some((_, StopStage::Stopped(_))))
+    }
+
     fn pump_stop(&mut self) {
         let Some((id, stage)) = self.admin.stop else { return };
         let next = match stage {
@@ -210,7 +221,13 @@ impl Mirror {
                 self.request_flush(self.active(), FlushOwner::Stop);
                 return;
             }
+            // The flush ends by itself, and says how.
+            StopStage::Flushing => return,
             StopStage::Pages if self.pages.all_clean() => {
+                self.meta.dirty = true;
+                StopStage::Count
+            }
+            StopStage::Count if self.settled() => {
                 // "Clean" says that the in-sync replicas hold the same bytes.
                 self.meta.clean = self.unsynced_count == 0;
                 self.meta.dirty = true;
@@ -229,10 +246,21 @@ impl Mirror {
                     "stopped, but not clean: the next start will resync what was dirty".to_owned(),
                 ))
             };
-            self.out.push(Action::AdminDone { id, result });
+            self.answer_stop(id, result);
         } else {
             self.work.push_back(Work::Pump);
         }
+    }
+
+    fn answer_stop(&mut self, id: AdminId, result: Result<String, AdminError>) {
+        for (id, _) in std::mem::take(&mut self.admin.early) {
+            self.refuse(id, "the volume is stopping");
+        }
+        for pending in std::mem::take(&mut self.admin.pending) {
+            let (Pending::Answer(id, _) | Pending::Removed(id, ..) | Pending::Forgotten(id, ..)) = pending;
+            self.refuse(id, "the volume stopped before this was recorded: look at it after the next start");
+        }
+        self.out.push(Action::AdminDone { id, result });
     }
 
     fn drained(&self) -> bool {
@@ -254,7 +282,7 @@ impl Mirror {
         } else {
             self.admin.stop = Some((id, StopStage::Stopped(false)));
             let text = "stopped, but the last flush failed: data written since the flush before may be lost";
-            self.out.push(Action::AdminDone { id, result: Err(AdminError(text.to_owned())) });
+            self.answer_stop(id, Err(AdminError(text.to_owned())));
         }
     }
 

@@ -118,6 +118,9 @@ impl Mirror {
         }
         if let Err(errno) = result {
             self.replica_mut(slot).flush_failed = true;
+            if self.in_sync.contains(slot) {
+                self.source_lost_writes();
+            }
             tickets.append(&mut self.flushes.rounds[slot.index()].next);
             self.notice(NoticeLevel::Error, format!("{}: flush failed: {errno}", self.describe(slot)));
         }
@@ -127,6 +130,16 @@ impl Mirror {
         if self.active().contains(slot) {
             self.begin_round(slot);
         }
+    }
+
+    /// A replica in sync may have lost what it had not flushed; resyncing ones may have it still. Should that replica stay
+    /// (the last in sync does), they must not join with something else than it reads.
+    fn source_lost_writes(&mut self) {
+        let intent = self.maps.intent.clone();
+        for slot in self.resyncing.iter() {
+            self.widen_stale(slot, Some(&intent));
+        }
+        self.spoil_jobs();
     }
 
     /// One replica's part of a ticket is known; `None` where the replica is not active any more.

@@ -193,6 +193,7 @@ impl Mirror {
         if !map[region.index()] {
             map.set(region.index(), true);
             self.stale_count[slot.index()] += 1;
+            self.resync.exhausted = false;
         }
     }
 
@@ -218,6 +219,7 @@ impl Mirror {
             None => map.fill(true),
         }
         self.stale_count[slot.index()] = map.count_ones() as u64;
+        self.resync.exhausted = false;
     }
 
     /// Forgets the stale map of `slot`.
@@ -365,12 +367,15 @@ impl Mirror {
 
     /// One replica's part of a page commit has ended.
     pub(super) fn page_op_done(&mut self, index: usize, slot: ReplicaSlot, result: Result<(), Errno>) {
+        let active = self.active().contains(slot);
         let Some(commit) = &mut self.pages.pages[index].commit else { unreachable!("a commit is in flight") };
         assert!(commit.remaining.contains(slot));
         commit.remaining.remove(slot);
         match result {
             Ok(()) => commit.ok.insert(slot),
-            Err(errno) => commit.failed.push((slot, errno)),
+            Err(errno) if active => commit.failed.push((slot, errno)),
+            // Failed meanwhile.
+            Err(_) => {}
         }
         if commit.remaining.is_empty() {
             self.page_committed(index);

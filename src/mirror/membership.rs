@@ -122,6 +122,7 @@ impl Mirror {
         self.mark_dirty_regions_stale(slot);
         self.begin_generation();
         self.meta.dirty = true;
+        self.shrinking = true;
         self.abandon_ops(slot);
         self.refresh_alignment();
         self.forget_unsynced_if_alone();
@@ -144,10 +145,19 @@ impl Mirror {
         }
         let replica = self.replica_mut(slot);
         replica.read_errors += 1;
+        let too_many = replica.read_errors > READ_ERRORS_MAX;
+        if self.config.read_only {
+            // Nobody is failed where that cannot be recorded; the read policy avoids it.
+            if !too_many {
+                let text = format!("{}: read error: {errno}", self.describe(slot));
+                self.notice(NoticeLevel::Warning, text);
+            }
+            return;
+        }
         let gone = matches!(errno, Errno::ENODEV | Errno::ENXIO | Errno::ENOMEDIUM);
         if gone {
             self.fail_on_error(slot, errno, "the device is gone");
-        } else if replica.read_errors > READ_ERRORS_MAX {
+        } else if too_many {
             self.fail_on_error(slot, errno, "too many read errors");
         } else {
             let text = format!("{}: read error: {errno}", self.describe(slot));
@@ -165,6 +175,7 @@ impl Mirror {
                 assert!(self.maps.intent[region.index()], "an unsynced region is dirty");
                 self.unsynced.set(region.index(), true);
                 self.unsynced_count += 1;
+                self.resync.exhausted = false;
             }
         }
     }
@@ -201,6 +212,8 @@ impl Mirror {
         if self.meta.retry_at.is_some_and(|at| at > self.now) {
             return;
         }
+        // Cleared before anything else is waited for: a deadline in the past would be asked for again and again.
+        self.meta.retry_at = None;
         // Stale bits first: a superblock that calls a replica current by its event count, durable before the map of
         // what that replica misses, would make the next start take it for up to date.
         if !self.pages.settled() {
@@ -210,7 +223,6 @@ impl Mirror {
         if !self.meta.dirty && joining.is_empty() {
             return;
         }
-        self.meta.retry_at = None;
         self.meta.dirty = false;
         let event_count = self.head.event_count + 1;
         let targets = self.active();
@@ -266,12 +278,15 @@ impl Mirror {
 
     /// One replica's part of a superblock commit has ended.
     pub(super) fn superblock_op_done(&mut self, slot: ReplicaSlot, result: Result<(), Errno>) {
+        let active = self.active().contains(slot);
         let Some(commit) = &mut self.meta.commit else { unreachable!("a commit is in flight") };
         assert!(commit.remaining.contains(slot));
         commit.remaining.remove(slot);
         match result {
             Ok(()) => commit.ok.insert(slot),
-            Err(errno) => commit.failed.push((slot, errno)),
+            Err(errno) if active => commit.failed.push((slot, errno)),
+            // Failed meanwhile.
+            Err(_) => {}
         }
         if !commit.remaining.is_empty() {
             return;
@@ -353,10 +368,11 @@ impl Mirror {
                 return;
             }
         }
-        if self.held.is_empty() && self.held_flushes.is_empty() {
-            return;
-        }
         if self.settled() || planted(Bug::AckBeforeMembership) {
+            self.shrinking = false;
+            if self.held.is_empty() && self.held_flushes.is_empty() {
+                return;
+            }
             let held: Vec<Key> = std::mem::take(&mut self.held);
             self.work.extend(held.into_iter().map(Work::Settled));
             for id in std::mem::take(&mut self.held_flushes) {

@@ -105,9 +105,9 @@ enum Work {
     IntentFailed(Key, RequestError),
     /// The region that this task waited for is synced, or not.
     SyncEnded(Key, JobEnd),
-    /// Every membership change is durable: this write may be answered.
+    /// Every membership change is durable: this write may be answered, this read may begin.
     Settled(Key),
-    /// The membership change cannot be recorded: this write fails.
+    /// The membership change cannot be recorded: this request fails.
     Unrecorded(Key),
     /// The replica of this operation was failed.
     Lost(OpOwner, ReplicaSlot),
@@ -132,7 +132,7 @@ pub struct Mirror {
     replicas: [Option<Replica>; REPLICAS_MAX],
     in_sync: ReplicaSet,
     resyncing: ReplicaSet,
-    /// What unsynced regions are read from in a read-only volume.
+    /// What unsynced regions are read from in a read-only volume, and synced from where it can be.
     source: ReplicaSlot,
     /// Alignment of reads and writes that every active replica can do, bytes.
     io_align: u64,
@@ -161,10 +161,12 @@ pub struct Mirror {
     resync: ResyncState,
     admin: AdminState,
 
-    /// Writes whose answer waits for a membership change to be durable.
+    /// Writes whose answer waits for a membership change to be durable, and reads that wait for one to begin.
     held: Vec<Key>,
     /// Flushes whose answer waits for the same.
     held_flushes: Vec<RequestId>,
+    /// A replica left, and that is not durable yet.
+    shrinking: bool,
     /// Metadata can be recorded on no in-sync replica.
     broken: bool,
     /// Requests are taken.
@@ -241,8 +243,14 @@ impl Mirror {
                 Some(Task::Write(_)) => self.write_lock(key),
                 Some(Task::Job(_) | Task::Starting) | None => unreachable!("only requests wait for a sync"),
             },
-            Work::Settled(key) => self.write_finish(key),
-            Work::Unrecorded(key) => self.write_unrecorded(key),
+            Work::Settled(key) => match self.tasks.get(key) {
+                Some(Task::Read(_)) => self.read_granted(key),
+                _ => self.write_finish(key),
+            },
+            Work::Unrecorded(key) => match self.tasks.get(key) {
+                Some(Task::Read(_)) => self.read_unrecorded(key),
+                _ => self.write_unrecorded(key),
+            },
             Work::Lost(owner, slot) => self.complete(owner, slot, Err(nix::errno::Errno::ENODEV)),
             Work::DetachIfIdle(slot) => self.detach_if_idle(slot),
             Work::Pump => {}

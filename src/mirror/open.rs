@@ -86,6 +86,7 @@ impl Mirror {
             admin: AdminState::new(),
             held: Vec::new(),
             held_flushes: Vec::new(),
+            shrinking: false,
             broken: false,
             open: config.read_only,
             opening_flush: if config.read_only { OpeningFlush::Done } else { OpeningFlush::Due },

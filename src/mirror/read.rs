@@ -7,7 +7,9 @@
 //! ```
 //!
 //! What must hold (promise 5): no byte of an unsynced region is answered; no read overlaps a write in
-//! flight (the shared lock); only in-sync replicas are read.
+//! flight (the shared lock); only in-sync replicas are read. While a replica's leaving is not durable no read of a
+//! dirty region begins: the region may have been unsynced when it left, and after a crash now the one that left
+//! could be trusted again, even be the source.
 
 use nix::errno::Errno;
 
@@ -82,14 +84,20 @@ impl Mirror {
             self.read_lock(key);
             return;
         }
-        let unrecorded =
-            self.broken && self.regions.touched(range).any(|region| self.maps.intent[region.index()]);
-        if unrecorded {
-            // Another replica may be trusted after a restart: this answer might be taken back.
-            self.read_finish(key, Err(RequestError::Io));
-            return;
+        let unrecorded = (self.shrinking || self.broken)
+            && self.regions.touched(range).any(|region| self.maps.intent[region.index()]);
+        if !unrecorded {
+            self.read_next(key);
+        } else if self.broken {
+            self.read_unrecorded(key);
+        } else {
+            self.held.push(key);
         }
-        self.read_next(key);
+    }
+
+    /// Another replica may be trusted after a restart: an answer now might be taken back.
+    pub(super) fn read_unrecorded(&mut self, key: Key) {
+        self.read_finish(key, Err(RequestError::Io));
     }
 
     fn read_candidates(&self, range: ByteRange) -> ReplicaSet {

@@ -4,7 +4,7 @@
 //! replica. One job copies one region from one in-sync source to every replica that needs it:
 //!
 //! ```text
-//!  lock (shared: reads go on, writes wait) ─► for each chunk: hole? ──yes──► zero the targets ──┐
+//!  lock (shared: reads go on, writes wait; unsynced: exclusive) ─► for each chunk: hole? ──yes──► zero the targets ──┐
 //!                                                 └─no─► read ─► write data, zero runs of zeroes ┤
 //!     ┌────────────────────────────────── next chunk ◄──────────────────────────────────────────┘
 //!     └─► flush the targets ─► Done: unsynced mark and stale bits cleared, waiters woken
@@ -54,10 +54,14 @@ pub(super) enum JobEnd {
 pub(super) struct Job {
     region: RegionIndex,
     lock: LockId,
+    /// Reads in flight are over, so in-sync replicas may be written to.
+    exclusive: bool,
     source: Option<ReplicaSlot>,
     /// Sources that could not be read.
     unreadable: ReplicaSet,
     pub(super) targets: ReplicaSet,
+    /// What was read may not be what the source reads now: the region is copied again.
+    spoiled: bool,
     chunk: ByteRange,
     operations: usize,
 }
@@ -69,6 +73,11 @@ pub(super) struct ResyncState {
     pub(super) waiters: BTreeMap<RegionIndex, Vec<Key>>,
     pub(super) active: BTreeMap<RegionIndex, Key>,
     backoff: BTreeMap<RegionIndex, Nanos>,
+    /// When the first of those is due (or was, before a reader wanted it).
+    backoff_due: Option<Nanos>,
+    /// The maps were searched and no region can be begun; until a mark is set, a job ends or a back-off is over they
+    /// are not searched again at each event.
+    pub(super) exhausted: bool,
     cursor: u64,
     /// Bytes copied since there was nothing to copy.
     pub(super) done_bytes: u64,
@@ -82,6 +91,8 @@ impl ResyncState {
             waiters: BTreeMap::new(),
             active: BTreeMap::new(),
             backoff: BTreeMap::new(),
+            backoff_due: None,
+            exhausted: false,
             cursor: 0,
             done_bytes: 0,
             marks: VecDeque::new(),
@@ -90,7 +101,7 @@ impl ResyncState {
 
     /// When a region that could not be read is due again.
     pub(super) fn deadline(&self) -> Option<Nanos> {
-        self.backoff.values().min().copied()
+        self.backoff_due
     }
 
     /// Bytes a second over the last marks.
@@ -143,6 +154,7 @@ impl Mirror {
     pub(super) fn want_region(&mut self, region: RegionIndex) {
         self.resync.wanted.push_back(region);
         self.resync.backoff.remove(&region);
+        self.resync.exhausted = false;
     }
 
     fn next_region(&mut self) -> Option<RegionIndex> {
@@ -159,8 +171,13 @@ impl Mirror {
             // Only what a request in flight waits for; the rest is left to the next start.
             return None;
         }
+        if self.resync.exhausted {
+            return None;
+        }
         let start = self.resync.cursor;
-        self.scan(start, self.regions.count()).or_else(|| self.scan(0, start))
+        let found = self.scan(start, self.regions.count()).or_else(|| self.scan(0, start));
+        self.resync.exhausted = found.is_none();
+        found
     }
 
     /// The first region from `from` to `to` that needs a copy, is not being copied and may be tried.
@@ -187,9 +204,11 @@ impl Mirror {
         if !self.open || self.config.read_only || self.in_sync.is_empty() {
             return;
         }
-        if !self.resync.backoff.is_empty() {
-            let now = self.now;
+        let now = self.now;
+        if self.resync.backoff_due.is_some_and(|at| at <= now) {
             self.resync.backoff.retain(|_, at| *at > now);
+            self.resync.backoff_due = self.resync.backoff.values().min().copied();
+            self.resync.exhausted = false;
         }
         if !self.anything_to_copy() {
             if self.resync.active.is_empty() {
@@ -204,7 +223,6 @@ impl Mirror {
         let busy = self.tasks.len() > self.resync.active.len();
         let jobs_max =
             if busy { self.config.resync_jobs_max.div_ceil(2) } else { self.config.resync_jobs_max };
-        let now = self.now;
         while self.resync.active.len() < jobs_max.max(1)
             && let Some(region) = self.next_region()
         {
@@ -217,13 +235,19 @@ impl Mirror {
         let range = self.regions.range(region);
         // The key is known only after the insertion, and the lock wants it: a placeholder goes first.
         let key = self.tasks.insert(Task::Starting);
-        let (lock, granted) = self.locks.acquire(range, Mode::Shared, key);
+        // Reads that come now wait for the sync of an unsynced region; those that came before it was unsynced may still
+        // be in flight on the replicas that are written to.
+        let exclusive = self.unsynced[region.index()];
+        let mode = if exclusive { Mode::Exclusive } else { Mode::Shared };
+        let (lock, granted) = self.locks.acquire(range, mode, key);
         let job = Job {
             region,
             lock,
+            exclusive,
             source: None,
             unreadable: ReplicaSet::EMPTY,
             targets: ReplicaSet::EMPTY,
+            spoiled: false,
             chunk: ByteRange::new(range.offset, 0),
             operations: 0,
         };
@@ -239,9 +263,9 @@ impl Mirror {
     /// The region is locked: choose source and targets.
     pub(super) fn job_granted(&mut self, key: Key) {
         let job = self.job_mut(key);
-        let (region, unreadable) = (job.region, job.unreadable);
+        let (region, unreadable, exclusive) = (job.region, job.unreadable, job.exclusive);
         let sources = self.in_sync.difference(unreadable);
-        let unsynced = self.unsynced[region.index()];
+        let unsynced = exclusive && self.unsynced[region.index()];
         let stale: ReplicaSet =
             self.resyncing.iter().filter(|slot| self.maps.stale[slot.index()][region.index()]).collect();
         if !unsynced && stale.is_empty() {
@@ -250,13 +274,16 @@ impl Mirror {
         }
         let preferred: ReplicaSet =
             sources.iter().filter(|slot| !self.policy.is_write_mostly(*slot)).collect();
-        let Some(mut source) = preferred.first().or(sources.first()) else {
+        // A read-only start may have answered from `self.source` before: that content is the one to keep.
+        let kept = Some(self.source).filter(|slot| unsynced && sources.contains(*slot));
+        let Some(mut source) = kept.or(preferred.first()).or(sources.first()) else {
             self.job_end(key, JobEnd::Failed);
             return;
         };
         let mut targets = stale;
         if unsynced {
-            targets = targets.union(self.in_sync.difference(ReplicaSet::only(source)));
+            // Resyncing ones as well: an earlier copy of theirs may have come from another source.
+            targets = self.active().difference(ReplicaSet::only(source));
         }
         if planted(Bug::ResyncWrongDirection)
             && let Some(wrong) = targets.first()
@@ -392,7 +419,7 @@ impl Mirror {
 
     /// The targets are flushed: those in `flushed` have the region.
     pub(super) fn job_flushed(&mut self, key: Key, flushed: ReplicaSet) {
-        if !self.job_can_go_on(key) {
+        if !self.job_can_go_on(key) || self.job_mut(key).spoiled {
             self.job_end(key, JobEnd::Retry);
             return;
         }
@@ -411,11 +438,22 @@ impl Mirror {
         self.job_end(key, JobEnd::Done);
     }
 
+    /// A source may have lost what it had not flushed: what was copied from it proves nothing.
+    pub(super) fn spoil_jobs(&mut self) {
+        let keys: Vec<Key> = self.resync.active.values().copied().collect();
+        for key in keys {
+            self.job_mut(key).spoiled = true;
+        }
+    }
+
     fn job_end(&mut self, key: Key, end: JobEnd) {
         let Some(Task::Job(job)) = self.tasks.remove(key) else { unreachable!("a job ends once") };
         self.resync.active.remove(&job.region);
+        self.resync.exhausted = false;
         if end == JobEnd::Failed {
-            self.resync.backoff.insert(job.region, self.now.plus(BACKOFF_NS));
+            let due = self.now.plus(BACKOFF_NS);
+            self.resync.backoff.insert(job.region, due);
+            self.resync.backoff_due.get_or_insert(due);
             let range = self.regions.range(job.region);
             let text = format!("bytes {}..{} can be read from no in-sync replica", range.offset, range.end());
             self.notice(NoticeLevel::Error, text);

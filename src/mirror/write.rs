@@ -298,13 +298,18 @@ impl Mirror {
 
     /// One replica's part (or a part of it) has ended.
     pub(super) fn write_op_done(&mut self, key: Key, slot: ReplicaSlot, result: Result<(), Errno>) {
+        let active = self.active().contains(slot);
         let task = self.write_task(key);
         assert!(task.operations > 0);
         task.operations -= 1;
-        if let Err(errno) = result
-            && !task.failed.iter().any(|(failed, _)| *failed == slot)
-        {
-            task.failed.push((slot, errno));
+        match result {
+            Ok(()) => {}
+            // Failed meanwhile, and maybe taken back before this write is settled: no fault of its new self.
+            Err(_) if !active => task.targets.remove(slot),
+            Err(errno) if !task.failed.iter().any(|(failed, _)| *failed == slot) => {
+                task.failed.push((slot, errno));
+            }
+            Err(_) => {}
         }
         if task.operations == 0 {
             self.write_settle(key);

@@ -1,6 +1,10 @@
 //! The core by itself, over disks that are plain memory and answer in order: what each rule does in the
 //! simplest case. Crashes, races and random worlds are the simulator's.
 
+mod admin;
+mod answers;
+mod membership;
+
 use nix::errno::Errno;
 use uuid::Uuid;
 
@@ -16,12 +20,15 @@ use crate::format::assemble::{AssembleOptions, assemble};
 use crate::format::create::{NewReplica, NewVolume, new_volume};
 use crate::format::layout::Layout;
 use crate::format::read::read_found;
+use crate::format::superblock::{MemberState, Superblock};
 use crate::units::{ByteRange, Nanos, REPLICAS_MAX, Regions, ReplicaSet, ReplicaSlot, SECOND_NS};
 
 const VOLUME_BYTES: u64 = 1 << 20;
 const REGIONS: Regions = Regions { volume_bytes: VOLUME_BYTES, region_bytes: 64 << 10 };
 
 type Reply = Result<Option<Payload>, RequestError>;
+/// Names operations.
+type Pick<'a> = &'a dyn Fn(usize, &DeviceOp) -> bool;
 /// Decides what an operation does instead of succeeding.
 type Fault = Box<dyn FnMut(ReplicaSlot, &DeviceOp) -> Option<Errno>>;
 
@@ -39,6 +46,8 @@ struct World {
     fault: Fault,
     log: Vec<(ReplicaSlot, String)>,
     adding: Option<usize>,
+    /// Alignment of the next candidate.
+    io_align: u32,
 }
 
 fn traits(bytes: usize) -> DeviceTraits {
@@ -86,12 +95,24 @@ impl World {
 
     /// Opens the volume over those of `images` that `present` names.
     fn open(images: Vec<Vec<u8>>, present: &[usize], options: AssembleOptions) -> Self {
+        let mut world = Self::begin(images, present, options, ReplicaSet::EMPTY);
+        world.drain();
+        world
+    }
+
+    /// Begins to open the volume: no operation is carried out yet.
+    fn begin(
+        images: Vec<Vec<u8>>,
+        present: &[usize],
+        options: AssembleOptions,
+        write_mostly: ReplicaSet,
+    ) -> Self {
         let founds: Vec<Found> =
             present.iter().map(|index| found_on(&images[*index], &format!("r{index}")).unwrap()).collect();
         let assembly = assemble(&founds, options).unwrap();
         let mut config = MirrorConfig {
-            read_only: false,
-            write_mostly: ReplicaSet::EMPTY,
+            read_only: options.read_only,
+            write_mostly,
             traits: [None; REPLICAS_MAX],
             entropy: 77 + images[0].iter().map(|byte| u128::from(*byte)).sum::<u128>(),
             wall_clock_origin_ns: 0,
@@ -120,10 +141,15 @@ impl World {
             fault: Box::new(|_, _| None),
             log: Vec::new(),
             adding: None,
+            io_align: 512,
         };
         world.handle(Event::Tick);
-        world.drain();
         world
+    }
+
+    /// What stands on the replicas when the process dies now.
+    fn crash(&mut self) -> Vec<Vec<u8>> {
+        std::mem::take(&mut self.images)
     }
 
     fn handle(&mut self, event: Event) {
@@ -147,10 +173,15 @@ impl World {
 
     /// Carries out the oldest operation.
     fn step(&mut self) -> bool {
-        if self.queue.is_empty() {
+        self.step_where(&|_, _| true)
+    }
+
+    /// Carries out the oldest of the operations that `pick` names; the others hang.
+    fn step_where(&mut self, pick: Pick<'_>) -> bool {
+        let Some(at) = self.queue.iter().position(|(_, slot, request)| pick(slot.index(), request)) else {
             return false;
-        }
-        let (op, slot, request) = self.queue.remove(0);
+        };
+        let (op, slot, request) = self.queue.remove(at);
         self.now = self.now.plus(1000);
         let result = match (self.fault)(slot, &request) {
             Some(errno) => Err(errno),
@@ -185,7 +216,11 @@ impl World {
     }
 
     fn drain(&mut self) {
-        while self.step() {}
+        self.drain_where(&|_, _| true);
+    }
+
+    fn drain_where(&mut self, pick: Pick<'_>) {
+        while self.step_where(pick) {}
     }
 
     fn send(&mut self, request: Request) -> RequestId {
@@ -217,23 +252,36 @@ impl World {
         self.call(Request::Read { range: ByteRange::new(offset, len) }).unwrap().unwrap().bytes().to_vec()
     }
 
-    fn admin(&mut self, command: AdminCommand) -> Result<String, String> {
+    fn send_admin(&mut self, command: AdminCommand) {
         self.next_id += 1;
         self.handle(Event::Admin { id: AdminId(self.next_id), command });
+    }
+
+    fn admin(&mut self, command: AdminCommand) -> Result<String, String> {
+        self.send_admin(command);
         self.drain();
         self.answers.pop().expect("answered")
     }
 
-    fn add(&mut self, image: usize, force: bool) -> Result<String, String> {
+    fn candidate(&mut self, image: usize, force: bool) -> AdminCommand {
         self.adding = Some(image);
-        let candidate = Candidate {
+        AdminCommand::Add(Box::new(Candidate {
             found: found_on(&self.images[image], "back"),
-            traits: traits(self.images[image].len()),
+            traits: DeviceTraits { io_align: self.io_align, ..traits(self.images[image].len()) },
             path: "back".to_owned(),
             fresh_uuid: Uuid::from_u128(999),
             force,
-        };
-        self.admin(AdminCommand::Add(Box::new(candidate)))
+        }))
+    }
+
+    fn add(&mut self, image: usize, force: bool) -> Result<String, String> {
+        let command = self.candidate(image, force);
+        self.admin(command)
+    }
+
+    fn reply_to(&mut self, id: RequestId) -> Option<Reply> {
+        let at = self.replies.iter().position(|(other, _)| *other == id)?;
+        Some(self.replies.remove(at).1)
     }
 
     fn wait(&mut self, ns: u64) {
@@ -254,6 +302,18 @@ impl World {
     fn same_data(&self, one: usize, other: usize) -> bool {
         self.images[one][..VOLUME_BYTES as usize] == self.images[other][..VOLUME_BYTES as usize]
     }
+}
+
+/// The superblock that an operation writes.
+fn superblock_in(request: &DeviceOp) -> Option<Superblock> {
+    match request {
+        DeviceOp::Write { data, .. } => Superblock::decode(data.bytes()).ok(),
+        _ => None,
+    }
+}
+
+fn writes_data(request: &DeviceOp) -> bool {
+    matches!(request, DeviceOp::Write { offset, .. } if offset.0 < VOLUME_BYTES)
 }
 
 fn describe(request: &DeviceOp) -> String {
@@ -327,10 +387,7 @@ fn promise_2_a_failed_replica_is_recorded_before_the_write_is_answered() {
         assert!(world.step());
     }
     let survivor = found_on(&world.images[0], "r0").unwrap();
-    assert_eq!(
-        survivor.superblock.members[1].as_ref().unwrap().state,
-        crate::format::superblock::MemberState::Faulty
-    );
+    assert_eq!(survivor.superblock.members[1].as_ref().unwrap().state, MemberState::Faulty);
     assert!(survivor.maps.stale[1][0]);
     assert!(
         survivor.superblock.event_count > found_on(&world.images[1], "r1").unwrap().superblock.event_count
