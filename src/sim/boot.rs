@@ -228,7 +228,7 @@ impl World {
             resync_jobs_max: self.plan.resync_jobs_max,
         };
         self.now = self.now.plus(self.rng.between(1, 100) * MILLISECOND_NS);
-        let pool = BufferPool::new(1 << 20);
+        let pool = BufferPool::new(64 << 20);
         let mirror = Mirror::new(config, assembly, pool.clone());
         self.begin_life(mirror, pool, attached)
     }

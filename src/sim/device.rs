@@ -156,6 +156,8 @@ impl World {
         let result = match self.fault_for(&op) {
             Some(errno) => {
                 self.counts.faults += 1;
+                let touched = self.daemon.iter().flat_map(|daemon| daemon.requests.keys().copied());
+                self.troubled.extend(touched);
                 self.fail_op(&mut op, errno);
                 Err(errno)
             }

@@ -97,6 +97,9 @@ impl World {
             .daemon
             .as_ref()
             .is_some_and(|daemon| daemon.ops.values().any(|op| matches!(op.result, Some(Err(_)))));
+        let requests = self.daemon.as_ref().map(|daemon| &daemon.requests);
+        self.troubled.retain(|id| requests.is_some_and(|requests| requests.contains_key(id)));
+        let pending_error = pending_error || !self.troubled.is_empty();
         let quiet = self.disks.iter().all(|disk| !disk.gone && !disk.full) && !pending_error;
         let all_in_sync = self.in_sync_disks().len() == self.disks.len();
         if !self.plan.within_model || (quiet && all_in_sync && self.all_recorded_in_sync()) {

@@ -106,17 +106,18 @@ impl World {
 
     /// Promise 1: no data write reaches any replica before its region's intent bit is durable on every in-sync
     /// replica. (A copy to a replica that is not in sync may rely on that replica's stale bit instead, or on not
-    /// being counted as in sync.)
+    /// being counted as in sync, or on changing nothing.)
     pub(super) fn promise_1_intent_before_data(&mut self, op: &Op) -> Checked {
         if !op.writes() || op.range.offset >= self.plan.volume_bytes {
             return Ok(());
         }
         let in_sync = self.daemon.as_ref().is_some_and(|daemon| daemon.in_sync.contains(op.slot));
+        let changes = in_sync || self.changes_anything(op);
         for disk in self.in_sync_disks() {
             self.refresh_meta(disk)?;
             let view = &self.meta[disk];
             for region in self.data_regions(op.range) {
-                let counts = in_sync || view.counts_in_sync(op.slot);
+                let counts = in_sync || view.counts_in_sync(op.slot) && changes;
                 if counts && !view.intent(region) && (in_sync || !view.stale(op.slot, region)) {
                     return violated(
                         "promise_1_intent_before_data",
@@ -126,6 +127,16 @@ impl World {
             }
         }
         Ok(())
+    }
+
+    /// Whether the bytes that `op` writes differ from what its disk has there.
+    fn changes_anything(&self, op: &Op) -> bool {
+        let mut now = vec![0; op.range.len as usize];
+        read_image(self.disks[op.disk].disk.image(), op.range.offset, &mut now);
+        match &op.kind {
+            Kind::Write { data, .. } => now != *data,
+            _ => now.iter().any(|byte| *byte != 0),
+        }
     }
 
     /// Promise 2: an answered write is on every in-sync replica; every other member is recorded as such on a

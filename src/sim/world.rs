@@ -10,7 +10,7 @@
 //! What must hold: everything that happens follows from the plan's seed; nothing iterates over hashes.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 use std::fmt::Display;
 
 use crate::buffer::BufferPool;
@@ -28,7 +28,7 @@ use super::promises::MetaView;
 use super::rng::Rng;
 
 /// Far more events than any world needs.
-const EVENTS_MAX: u64 = 1_000_000;
+const EVENTS_MAX: u64 = 400_000;
 
 /// What went wrong: the promise's name and the details.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -175,6 +175,8 @@ pub struct World {
     ticks_now: u32,
     /// The sides of a split are being run: disks that are not there have histories of their own.
     pub split: bool,
+    /// Requests that were in flight when an operation failed: the victim stays the same until they are answered.
+    pub troubled: BTreeSet<u64>,
     /// The disk that an old copy has just been put back on.
     pub suspect: Option<usize>,
     /// Disks that were in sync when the daemon ended: one of them has to be there at the next start.
@@ -211,6 +213,7 @@ impl World {
             last_tick: Nanos(0),
             ticks_now: 0,
             split: false,
+            troubled: BTreeSet::new(),
             suspect: None,
             holders: vec![],
         }
