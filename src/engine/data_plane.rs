@@ -65,6 +65,8 @@ pub(super) struct DataPlane {
     pub budget: Budget,
     pub mailbox: Arc<Mailbox>,
     pub now: Nanos,
+    /// Turns of the loop so far.
+    pub turn: u64,
     /// Device operations that have ended and that the core has not heard of.
     pub device_done: VecDeque<(OpId, Result<DeviceOutput, Errno>)>,
     /// Connections that may have replies to send, or may read on.
@@ -104,6 +106,7 @@ impl DataPlane {
             budget: Budget::new(memory_bytes_max),
             mailbox,
             now: Nanos(0),
+            turn: 1,
             device_done: VecDeque::new(),
             touched: Vec::new(),
             spare_batches: Vec::new(),
@@ -124,6 +127,7 @@ impl DataPlane {
         self.feed(Event::Tick);
         let mut completions = Vec::new();
         loop {
+            self.turn += 1;
             self.settle();
             if let Some(report) = self.stop_step() {
                 return self.close(report);

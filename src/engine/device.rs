@@ -259,6 +259,12 @@ impl ReplicaDevice {
         Ok(true)
     }
 
+    /// Whether the file is shorter now than when it was opened. A block device never is.
+    pub(super) fn is_cut_short(&self) -> bool {
+        let size = nix::sys::stat::fstat(&self.file).map_or(0, |stat| stat.st_size as u64);
+        self.kind == DeviceKind::File && size < self.traits.device_bytes
+    }
+
     /// The descriptor; valid as long as `self`.
     pub(super) fn raw_fd(&self) -> RawFd {
         self.file.as_raw_fd()

@@ -11,7 +11,7 @@
 //! ```
 //!
 //! What must hold: a read gives bytes that were read or an error, never padding: the end of a file within the range is
-//! EIO (it was cut short behind our back). Continuations keep the replica's alignment.
+//! ENXIO (it was cut short behind our back). Continuations keep the replica's alignment.
 
 use std::os::fd::RawFd;
 
@@ -197,7 +197,9 @@ impl DeviceIo {
         // An end inside a unit: that unit is moved again.
         let kept = reached & !(self.io_align - 1);
         if kept == *done {
-            return Step::Ended(self.op, self.slot, Err(Errno::EIO));
+            // A read's: the end of a file that was cut short, which has lost what it had.
+            let errno = if matches!(self.work, Work::Read { .. }) { Errno::ENXIO } else { Errno::EIO };
+            return Step::Ended(self.op, self.slot, Err(errno));
         }
         *done = kept;
         Step::Again(self)
@@ -280,8 +282,8 @@ mod tests {
         assert!(matches!(&io.work, Work::Read { done: 512, .. }));
         let io = again(io.advance(-libc::EINTR));
         assert!(matches!(ended(io.advance(8192 - 512)), Ok(DeviceOutput::Read(_))));
-        assert_eq!(ended(read(4096).advance(0)).unwrap_err(), Errno::EIO);
-        assert_eq!(ended(read(4096).advance(511)).unwrap_err(), Errno::EIO);
+        assert_eq!(ended(read(4096).advance(0)).unwrap_err(), Errno::ENXIO);
+        assert_eq!(ended(read(4096).advance(511)).unwrap_err(), Errno::ENXIO);
         assert_eq!(ended(read(4096).advance(-libc::EILSEQ)).unwrap_err(), Errno::EILSEQ);
     }
 

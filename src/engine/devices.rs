@@ -3,6 +3,10 @@
 //! What must hold: a device is closed (detached) only when no operation on it is in flight, so a descriptor in an
 //! operation is always this device's.
 //!
+//! A file that was cut short behind our back is no replica any more: a write behind its new end would make it long
+//! again, with a hole that reads as zeroes. So its size is looked at before the first operation on it in each turn of
+//! the loop, and once it was too short everything on it fails with ENXIO.
+//!
 //! The kernel does no write to tmpfs without blocking, so io_uring hands each to a worker thread: a wake-up and a
 //! context switch for a copy of 4 KiB. On a file in memory small transfers and flushes are therefore done at once,
 //! by plain system calls: they never wait for a device.
@@ -23,6 +27,25 @@ const AT_ONCE_BYTES_MAX: u64 = 64 << 10;
 pub(super) struct Attached {
     pub device: ReplicaDevice,
     in_flight: u32,
+    /// The turn of the loop in which its size was looked at last.
+    looked_at: u64,
+    /// It was seen shorter than when it was opened.
+    cut_short: bool,
+}
+
+impl Attached {
+    fn new(device: ReplicaDevice) -> Self {
+        Self { device, in_flight: 0, looked_at: 0, cut_short: false }
+    }
+
+    /// Whether the device is as long as it was when it was opened; looks once a turn.
+    fn is_whole(&mut self, turn: u64) -> bool {
+        if self.looked_at != turn && self.device.kind == DeviceKind::File {
+            self.looked_at = turn;
+            self.cut_short |= self.device.is_cut_short();
+        }
+        !self.cut_short
+    }
 }
 
 /// The devices in use, by slot.
@@ -33,14 +56,14 @@ pub(super) struct Devices {
 impl Devices {
     /// These devices in their slots.
     pub(super) fn new(devices: [Option<ReplicaDevice>; REPLICAS_MAX]) -> Self {
-        Self { slots: devices.map(|device| device.map(|device| Attached { device, in_flight: 0 })) }
+        Self { slots: devices.map(|device| device.map(Attached::new)) }
     }
 
     /// Puts a device into a free slot.
     pub(super) fn attach(&mut self, slot: ReplicaSlot, device: ReplicaDevice) {
         let place = &mut self.slots[slot.index()];
         assert!(place.is_none());
-        *place = Some(Attached { device, in_flight: 0 });
+        *place = Some(Attached::new(device));
     }
 
     /// Closes the device in a slot.
@@ -72,7 +95,12 @@ impl Devices {
 impl DataPlane {
     /// Begins an operation of the core.
     pub(super) fn begin_device_op(&mut self, op: OpId, slot: ReplicaSlot, request: DeviceOp) {
+        let turn = self.turn;
         let attached = self.devices.attached(slot);
+        if !attached.is_whole(turn) {
+            self.device_done.push_back((op, Err(Errno::ENXIO)));
+            return;
+        }
         if let DeviceOp::ProbeHole { offset, len } = request {
             // Asks the filesystem's map, which is in memory as a rule.
             let hole = attached.device.kind == DeviceKind::File && attached.device.is_hole(offset, len);

@@ -109,7 +109,11 @@ fn a_replica_that_is_cut_short_never_gives_wrong_data() {
     }
     fill(&daemon, 4 * MIB, 4);
     assert_filled(&daemon, 0, 32);
-    assert_eq!(daemon.status().clients.errors, 0);
+    let status = daemon.status();
+    assert_eq!(status.clients.errors, 0);
+    assert_eq!(status.replicas[1].state, ReplicaState::Faulty);
+    let bytes = fs::metadata(&volume.replicas[1]).unwrap().len();
+    assert_eq!(bytes, 4096, "nothing makes it long again, with a hole");
 }
 
 #[test]
