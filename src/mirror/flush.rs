@@ -125,7 +125,8 @@ impl Mirror {
             self.notice(NoticeLevel::Error, format!("{}: flush failed: {errno}", self.describe(slot)));
         }
         // Tickets that will fail a replica come first: nothing is answered before that is known.
-        tickets.sort_by_key(|key| self.flushes.tickets.get(*key).is_some_and(|ticket| ticket.failed.is_empty()));
+        tickets
+            .sort_by_key(|key| self.flushes.tickets.get(*key).is_some_and(|ticket| ticket.failed.is_empty()));
         for ticket in tickets {
             self.ticket_settled(ticket, slot, Some(result));
         }
