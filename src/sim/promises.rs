@@ -151,7 +151,7 @@ impl World {
         if pending.asked == Asked::Trim && (!cheap || pending.range.shrunk_to(BLOCK_BYTES).is_empty()) {
             return Ok(()); // nothing was touched
         }
-        let (members, in_sync, before) = (daemon.members, daemon.in_sync, daemon.in_sync_before);
+        let (members, in_sync) = (daemon.members, daemon.in_sync);
         for slot in in_sync.iter() {
             if pending.asked != Asked::Trim && !self.has_data(slot, pending) {
                 return violated(name, format!("write {id} answered; in-sync slot {slot} has it not"));

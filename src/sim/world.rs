@@ -98,8 +98,6 @@ pub struct Daemon {
     pub admins: BTreeMap<u64, Option<usize>>,
     /// In sync after the last event.
     pub in_sync: ReplicaSet,
-    /// In sync before the last event.
-    pub in_sync_before: ReplicaSet,
     /// Resyncing after the last event.
     pub resyncing: ReplicaSet,
     /// Members after the last event.
@@ -329,7 +327,6 @@ impl World {
             requests: BTreeMap::new(),
             admins: BTreeMap::new(),
             in_sync: ReplicaSet::EMPTY,
-            in_sync_before: ReplicaSet::EMPTY,
             resyncing: ReplicaSet::EMPTY,
             members: ReplicaSet::EMPTY,
             stopping: false,
@@ -373,7 +370,6 @@ impl World {
     fn refresh_sets(&mut self) {
         let Some(daemon) = &mut self.daemon else { return };
         let before = (daemon.in_sync, daemon.resyncing, daemon.members);
-        daemon.in_sync_before = daemon.in_sync;
         (daemon.in_sync, daemon.resyncing, daemon.members) = daemon.mirror.replica_sets();
         let after = (daemon.in_sync, daemon.resyncing, daemon.members);
         if before != after {
