@@ -196,10 +196,15 @@ fn word_mask(regions: usize, word: usize) -> u64 {
 
 fn encode_words(map: &Bitmap, first: usize, to: &mut Writer<'_>) {
     let words = map.as_raw_slice();
-    for word in first..first + WORDS_PER_SECTOR {
+    let mut out = [0; WORDS_PER_SECTOR * 8];
+    let whole = (first + WORDS_PER_SECTOR) * 64 <= map.len();
+    for (out, word) in out.chunks_exact_mut(8).zip(first..) {
+        let bits = words.get(word).copied().unwrap_or(0);
         // `bitvec` leaves bits behind the end of a map undefined.
-        to.u64(words.get(word).map_or(0, |bits| bits & word_mask(map.len(), word)));
+        let bits = if whole { bits } else { bits & word_mask(map.len(), word) };
+        out.copy_from_slice(&bits.to_le_bytes());
     }
+    to.bytes(&out);
 }
 
 fn decode_words(map: &mut Bitmap, first: usize, mut bits: impl FnMut(usize) -> u64) {

@@ -3,7 +3,6 @@
 mod assemble;
 mod codec;
 mod golden;
-mod history;
 mod read;
 
 use uuid::Uuid;

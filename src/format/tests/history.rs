@@ -1,1 +1,0 @@
-//! Histories: what assembly makes of replicas after crashes, losses and returns.
