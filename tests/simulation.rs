@@ -20,6 +20,11 @@ const REGRESSIONS: &[(u64, &str)] = &[
     (38, "the superblock that takes a replica in is durable before its stale bits"),
     (45, "the read policy overflows after an error on the last replica"),
     (85, "a write in flight meets the larger alignment of a replica that is coming"),
+    (1049, "a replica joins though a write failed on it while the joining commit was in flight"),
+    (1430, "a write does not wait for a new stale bit because its intent bit is on disk still"),
+    (2148, "a stop is answered before flushes that came before it"),
+    (2965, "a read does not wait for a copy in flight whose source has just failed"),
+    (39196, "a second candidate is taken in with misaligned writes in flight"),
     (483, "a stop is answered twice where its flush fails while metadata cannot be recorded"),
 ];
 

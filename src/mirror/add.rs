@@ -34,11 +34,10 @@ pub(super) struct Preparing {
 
 impl Mirror {
     pub(super) fn admin_add(&mut self, id: AdminId, candidate: Box<Candidate>) {
-        let misaligned =
-            u64::from(candidate.traits.io_align) > self.io_align && self.tasks.iter().next().is_some();
-        if misaligned {
+        let io_align = u64::from(candidate.traits.io_align);
+        if !self.writes_are_aligned(io_align) {
             // New requests keep the larger alignment; the replica comes in when the others have ended.
-            self.io_align = u64::from(candidate.traits.io_align);
+            self.io_align = self.io_align.max(io_align);
             self.admin.waiting.push((id, candidate));
             return;
         }
@@ -245,7 +244,7 @@ impl Mirror {
 
     /// Takes in candidates that waited for requests with a smaller alignment to end.
     pub(super) fn pump_waiting_candidates(&mut self) {
-        if self.admin.waiting.is_empty() || !self.alignment_is_free() {
+        if self.admin.waiting.is_empty() || !self.writes_are_aligned(self.io_align) {
             return;
         }
         for (id, candidate) in std::mem::take(&mut self.admin.waiting) {
@@ -253,10 +252,10 @@ impl Mirror {
         }
     }
 
-    /// Whether every request in flight keeps the alignment that is asked for now.
-    fn alignment_is_free(&self) -> bool {
+    /// Whether every write in flight keeps this alignment.
+    fn writes_are_aligned(&self, io_align: u64) -> bool {
         self.tasks.iter().all(|(_, task)| match task {
-            super::Task::Write(write) => write.span.is_aligned(self.io_align),
+            super::Task::Write(write) => write.span.is_aligned(io_align),
             _ => true,
         })
     }
