@@ -66,6 +66,7 @@ impl World {
             traits: DeviceTraits { device_bytes: bytes, io_align, cheap_zero: self.rng.coin() },
             gone: false,
             full: false,
+            unseen_error: false,
             slow_factor,
             copies: vec![],
         });
@@ -241,6 +242,7 @@ impl World {
             let states: Vec<_> = found.superblock.members().map(|(_, member)| member.state).collect();
             states.len() == self.disks.len()
                 && found.damaged_sectors == 0
+                && found.damaged_slot.is_none()
                 && states.into_iter().all(|state| state == crate::format::superblock::MemberState::InSync)
                 && found.maps.stale.iter().all(|map| map.not_any())
         })

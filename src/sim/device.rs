@@ -224,6 +224,8 @@ impl World {
 
     /// The daemon died while this was in flight: it may have happened, wholly or in part.
     pub(super) fn interrupt(&mut self, mut op: Op) {
+        let lost = op.result == Some(Err(Errno::EIO)) && self.plan.faults.flush_loses;
+        self.disks[op.disk].unseen_error |= lost && matches!(op.kind, Kind::Flush(_));
         if op.result.is_some() || self.disks[op.disk].gone {
             return;
         }

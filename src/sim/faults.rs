@@ -150,6 +150,10 @@ impl World {
         if disk.full && op.writes() && op.range.offset < self.plan.volume_bytes {
             return Some(Errno::ENOSPC);
         }
+        if disk.unseen_error && matches!(op.kind, Kind::Flush(_)) {
+            self.disks[op.disk].unseen_error = false;
+            return Some(Errno::EIO);
+        }
         let aimed = if self.plan.within_model {
             self.victim == Some(op.disk) && self.another_is_well(op.disk)
         } else {

@@ -74,6 +74,8 @@ pub struct SimDisk {
     pub gone: bool,
     /// Its filesystem is full.
     pub full: bool,
+    /// A flush lost data and the daemon died before it heard: the next flush says so (as Linux does).
+    pub unseen_error: bool,
     /// This many times slower than the others.
     pub slow_factor: u64,
     /// Earlier contents with the number of starts before, for putting an old copy back.
@@ -429,6 +431,7 @@ impl World {
         let mode = super::disk::CutMode::from_chance(&mut self.rng);
         for disk in &mut self.disks {
             if cut {
+                disk.unseen_error = false;
                 disk.disk.power_cut(&mut self.rng, mode);
             } else {
                 disk.disk.process_killed();
