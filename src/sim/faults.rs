@@ -103,6 +103,7 @@ impl World {
         let quiet = self.disks.iter().all(|disk| !disk.gone && !disk.full) && !pending_error;
         let all_in_sync = self.in_sync_disks().len() == self.disks.len();
         if !self.plan.within_model || (quiet && all_in_sync && self.all_recorded_in_sync()) {
+            self.suspect = self.suspect.filter(|_| !self.plan.within_model);
             self.victim = Some(self.rng.below(disks) as usize);
         }
     }
@@ -180,7 +181,6 @@ impl World {
     /// What happens while the daemon is down, and its start.
     pub(super) fn back_up(&mut self, victim: Option<usize>, all_in_sync: bool) -> Checked {
         let mut forgotten = None;
-        self.suspect = None;
         let rates = self.plan.faults.clone();
         // What nobody else has is not touched: there is no telling a lone copy from an old one.
         let lone = |victim: &usize| self.holders.iter().all(|holder| holder == victim);
@@ -216,9 +216,7 @@ impl World {
         if self.holders.iter().all(|disk| self.disks[*disk].gone) {
             self.disks.iter_mut().for_each(|disk| disk.gone = false);
         }
-        self.start(&disks)?;
-        self.suspect = None;
-        Ok(())
+        self.start(&disks)
     }
 
     fn rot(&mut self, disk: usize) {
@@ -323,6 +321,10 @@ impl World {
     /// A promise was broken.
     pub fn stop(&mut self) -> Result<Option<bool>, super::world::Violation> {
         let starts = self.counts.starts;
+        let unsynced = |world: &Self| {
+            world.daemon.as_ref().is_some_and(|daemon| daemon.mirror.status(world.now).unsynced_bytes > 0)
+        };
+        let unsynced_before = unsynced(self);
         self.admin(AdminCommand::Stop, None)?;
         let over = self.run_until(300 * SECOND_NS, |world| {
             world.counts.starts != starts
@@ -342,7 +344,7 @@ impl World {
             );
         }
         // Unsynced regions stay: nobody waits for a resync to stop.
-        let abandoned = daemon.mirror.status(self.now).unsynced_bytes > 0;
+        let abandoned = unsynced_before || unsynced(self);
         if daemon.stopped != Some(true) && self.plan.within_model && !self.excused && !abandoned {
             return violated("promise_4_clean_means_clean", "a stop was not clean though a replica was well");
         }

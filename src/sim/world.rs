@@ -179,7 +179,7 @@ pub struct World {
     pub split: bool,
     /// Requests that were in flight when an operation failed: the victim stays the same until they are answered.
     pub troubled: BTreeSet<u64>,
-    /// The disk that an old copy has just been put back on.
+    /// The disk that an old copy was put back on since all were well.
     pub suspect: Option<usize>,
     /// Disks that were in sync when the daemon ended: one of them has to be there at the next start.
     pub holders: Vec<usize>,
