@@ -193,6 +193,15 @@ impl World {
                 }
                 return self.start(disks);
             }
+            Err(AssembleError::Diverged(why))
+                if why.contains("further than the history kept") && self.victim.is_some() =>
+            {
+                // Joined and lost more often than generations are kept: refused by design.
+                if let Some(disk) = self.victim.take() {
+                    self.replace_disk(disk);
+                }
+                return self.start(disks);
+            }
             Err(error) if self.plan.within_model => {
                 return violated("promise_8_assembly", format!("refused though a replica is well: {error}"));
             }
@@ -210,7 +219,11 @@ impl World {
         }
         self.trace(|| {
             format!(
-                "START: in sync {:?}, resync {:?}, missing {:?}, unsynced {}, dirty {}; {:?}",
+                "START: event count {}, generation {} ({} before), in sync {:?}, resync {:?}, missing {:?}, unsynced {}, \
+                 dirty {}; {:?}",
+                assembly.head.event_count,
+                &assembly.head.generation.to_string()[..4],
+                assembly.head.parents.len(),
                 assembly.in_sync,
                 assembly.resync,
                 assembly.missing,
