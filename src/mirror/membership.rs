@@ -59,7 +59,7 @@ pub(super) struct Meta {
     pub(super) commit: Option<Commit>,
     /// After a commit that nobody took: not before this.
     pub(super) retry_at: Option<Nanos>,
-    /// The next commit says that the volume was stopped in order.
+    /// The volume has been stopped in order: commits may say so.
     pub(super) clean: bool,
     /// Generations made so far in this run.
     pub(super) generations: u64,
@@ -257,7 +257,8 @@ impl Mirror {
         });
         Superblock {
             event_count,
-            clean: self.meta.clean,
+            // The in-sync replicas hold the same bytes.
+            clean: self.meta.clean && self.unsynced_count == 0,
             written_unix_ns: self.config.wall_clock_origin_ns.saturating_add(self.now.0),
             members,
             ..self.head.clone()
