@@ -268,13 +268,18 @@ impl Mirror {
     fn write_superblock(&mut self, slot: ReplicaSlot) {
         let layout = self.replica(slot).layout;
         let Some(commit) = &self.meta.commit else { unreachable!("a commit is in flight") };
-        let event_count = commit.event_count;
         let superblock = Superblock { slot, device_bytes: layout.device_bytes, ..commit.superblock.clone() };
+        assert!(superblock.event_count == commit.event_count);
+        self.send_superblock(slot, &superblock, OpOwner::Superblock);
+    }
+
+    /// Writes a superblock to the slot that its event count chooses.
+    pub(super) fn send_superblock(&mut self, slot: ReplicaSlot, superblock: &Superblock, owner: OpOwner) {
         let mut buffer = self.pool.take(BLOCK_BYTES as usize);
         buffer[..BLOCK_BYTES as usize].copy_from_slice(&superblock.encode());
         let data = Payload { buffer: buffer.share(), start: 0, len: BLOCK_BYTES as usize };
-        let offset = layout.superblock_offset(event_count % 2);
-        self.issue(slot, OpOwner::Superblock, DeviceOp::Write { offset, data, durable: true });
+        let offset = self.replica(slot).layout.superblock_offset(superblock.event_count % 2);
+        self.issue(slot, owner, DeviceOp::Write { offset, data, durable: true });
     }
 
     /// One replica's part of a superblock commit has ended.
