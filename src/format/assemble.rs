@@ -121,6 +121,8 @@ pub struct Assembly {
     /// The operator used `--force` to start from stale replicas: a new generation is due even where no
     /// replica is missing.
     pub forced: bool,
+    /// Those in sync whose newest superblock is older than the head (by one: a crash fell between).
+    pub laggards: ReplicaSet,
     /// What an operator should be told (damaged slots, replicas that need a full copy and why).
     pub warnings: Vec<String>,
 }
@@ -292,6 +294,10 @@ impl Roles {
         let Some(source) = self.in_sync.first() else {
             unreachable!("assemble refuses or forces where none is in sync")
         };
+        let lags = |slot: &ReplicaSlot| {
+            self.found(found, *slot).is_some_and(|found| found.superblock.event_count < head.event_count)
+        };
+        let laggards = if forced { ReplicaSet::EMPTY } else { self.in_sync.iter().filter(lags).collect() };
         self.warn_of_damage(found);
         self.warn_of_missing(&head);
         Assembly {
@@ -304,6 +310,7 @@ impl Roles {
             unsynced,
             source,
             forced,
+            laggards,
             warnings: self.warnings,
         }
     }

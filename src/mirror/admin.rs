@@ -228,12 +228,11 @@ impl Mirror {
                 StopStage::Count
             }
             StopStage::Count if self.settled() => {
-                // "Clean" says that the in-sync replicas hold the same bytes.
-                self.meta.clean = self.unsynced_count == 0;
+                self.meta.clean = true;
                 self.meta.dirty = true;
                 StopStage::Superblock
             }
-            StopStage::Superblock if self.settled() => StopStage::Stopped(self.meta.clean),
+            StopStage::Superblock if self.settled() => StopStage::Stopped(self.unsynced_count == 0),
             _ if self.broken || self.pages.failing => StopStage::Stopped(false),
             _ => return,
         };

@@ -59,7 +59,7 @@ pub(super) struct Meta {
     pub(super) commit: Option<Commit>,
     /// After a commit that nobody took: not before this.
     pub(super) retry_at: Option<Nanos>,
-    /// The next commit says that the volume was stopped in order.
+    /// The volume has been stopped in order: commits may say so.
     pub(super) clean: bool,
     /// Generations made so far in this run.
     pub(super) generations: u64,
@@ -257,7 +257,8 @@ impl Mirror {
         });
         Superblock {
             event_count,
-            clean: self.meta.clean,
+            // The in-sync replicas hold the same bytes.
+            clean: self.meta.clean && self.unsynced_count == 0,
             written_unix_ns: self.config.wall_clock_origin_ns.saturating_add(self.now.0),
             members,
             ..self.head.clone()
@@ -267,13 +268,18 @@ impl Mirror {
     fn write_superblock(&mut self, slot: ReplicaSlot) {
         let layout = self.replica(slot).layout;
         let Some(commit) = &self.meta.commit else { unreachable!("a commit is in flight") };
-        let event_count = commit.event_count;
         let superblock = Superblock { slot, device_bytes: layout.device_bytes, ..commit.superblock.clone() };
+        assert!(superblock.event_count == commit.event_count);
+        self.send_superblock(slot, &superblock, OpOwner::Superblock);
+    }
+
+    /// Writes a superblock to the slot that its event count chooses.
+    pub(super) fn send_superblock(&mut self, slot: ReplicaSlot, superblock: &Superblock, owner: OpOwner) {
         let mut buffer = self.pool.take(BLOCK_BYTES as usize);
         buffer[..BLOCK_BYTES as usize].copy_from_slice(&superblock.encode());
         let data = Payload { buffer: buffer.share(), start: 0, len: BLOCK_BYTES as usize };
-        let offset = layout.superblock_offset(event_count % 2);
-        self.issue(slot, OpOwner::Superblock, DeviceOp::Write { offset, data, durable: true });
+        let offset = self.replica(slot).layout.superblock_offset(superblock.event_count % 2);
+        self.issue(slot, owner, DeviceOp::Write { offset, data, durable: true });
     }
 
     /// One replica's part of a superblock commit has ended.

@@ -173,6 +173,9 @@ pub struct Mirror {
     open: bool,
     /// The flush that comes before everything else.
     opening_flush: OpeningFlush,
+    /// In-sync replicas that came with a superblock older than the head, and the head as it was found.
+    laggards: ReplicaSet,
+    assembled_head: Superblock,
     /// Superblock commits until it opens.
     opening_commits: u32,
     /// Requests that came before it was open.

@@ -8,11 +8,14 @@
 
 use std::collections::VecDeque;
 
+use nix::errno::Errno;
+
 use super::admin::AdminState;
 use super::event::NoticeLevel;
 use super::flush::{FlushOwner, Flushes};
 use super::intent::{Pages, Sweep};
 use super::membership::Meta;
+use super::ops::OpOwner;
 use super::overlap::OverlapTable;
 use super::read_policy::ReadPolicy;
 use super::replica::{NO_TRAITS, Replica, inactive_state};
@@ -24,7 +27,7 @@ use crate::buffer::BufferPool;
 use crate::format::assemble::Assembly;
 use crate::format::bitmap::{Bitmap, RegionMaps};
 use crate::format::layout::Layout;
-use crate::format::superblock::{Member, MemberState};
+use crate::format::superblock::{Member, MemberState, Superblock};
 use crate::units::{Nanos, REPLICAS_MAX, ReplicaSet, ReplicaSlot};
 
 /// Superblock commits before a volume opens for writing.
@@ -35,6 +38,9 @@ const OPENING_COMMITS: u32 = 2;
 pub(super) enum OpeningFlush {
     Due,
     UnderWay,
+    /// Replicas in sync that are one commit behind get the head's superblock, as it is: so the next commit, which
+    /// falls on the slot of the one they have, leaves them a whole one whatever happens. Operations left.
+    CatchingUp(usize),
     Done,
 }
 
@@ -89,6 +95,8 @@ impl Mirror {
             shrinking: false,
             broken: false,
             open: config.read_only,
+            laggards: assembly.laggards,
+            assembled_head: head.clone(),
             opening_flush: if config.read_only { OpeningFlush::Done } else { OpeningFlush::Due },
             opening_commits: OPENING_COMMITS,
             early: VecDeque::new(),
@@ -156,7 +164,27 @@ impl Mirror {
 
     /// What was read at start is durable, or (every flush failed) as durable as it can be.
     pub(super) fn opening_flushed(&mut self) {
-        self.opening_flush = OpeningFlush::Done;
+        let laggards = self.laggards.intersection(self.in_sync);
+        self.opening_flush =
+            if laggards.is_empty() { OpeningFlush::Done } else { OpeningFlush::CatchingUp(laggards.len()) };
+        for slot in laggards.iter() {
+            let layout = self.replica(slot).layout;
+            let superblock =
+                Superblock { slot, device_bytes: layout.device_bytes, ..self.assembled_head.clone() };
+            self.send_superblock(slot, &superblock, OpOwner::CatchUp);
+        }
+        self.work.push_back(super::Work::Pump);
+    }
+
+    /// A replica has the head's superblock, or could not take it.
+    pub(super) fn caught_up(&mut self, slot: ReplicaSlot, result: Result<(), Errno>) {
+        let OpeningFlush::CatchingUp(left) = self.opening_flush else {
+            unreachable!("a replica is catching up")
+        };
+        self.opening_flush = if left == 1 { OpeningFlush::Done } else { OpeningFlush::CatchingUp(left - 1) };
+        if let Err(errno) = result {
+            self.fail_on_error(slot, errno, "its superblock could not be written");
+        }
         self.work.push_back(super::Work::Pump);
     }
 
@@ -169,7 +197,7 @@ impl Mirror {
             self.opening_flush = OpeningFlush::UnderWay;
             self.request_flush(self.active(), FlushOwner::Open);
         }
-        if self.opening_flush == OpeningFlush::UnderWay || !self.settled() {
+        if self.opening_flush != OpeningFlush::Done || !self.settled() {
             return;
         }
         self.opening_commits -= 1;

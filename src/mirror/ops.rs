@@ -34,6 +34,8 @@ pub(super) enum OpOwner {
     Flush,
     /// The superblocks of a removed replica are wiped.
     Wipe,
+    /// A replica that is one commit behind gets the head's superblock.
+    CatchUp,
     /// The superblocks of a new replica are wiped before it gets its own.
     Prepare,
     /// Nobody: the replica was failed.
@@ -106,6 +108,7 @@ impl Mirror {
             OpOwner::Page(page) => self.page_op_done(page, slot, result.map(|_| ())),
             OpOwner::Superblock => self.superblock_op_done(slot, result.map(|_| ())),
             OpOwner::Flush => self.flush_op_done(slot, result.map(|_| ())),
+            OpOwner::CatchUp => self.caught_up(slot, result.map(|_| ())),
             OpOwner::Prepare => self.candidate_wiped(slot, result.map(|_| ())),
             OpOwner::Wipe | OpOwner::Abandoned => {}
         }

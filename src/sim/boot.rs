@@ -9,6 +9,7 @@ use crate::format::assemble::{AssembleError, AssembleOptions, assemble};
 use crate::format::create::{Created, NewReplica, NewVolume, new_volume};
 use crate::format::layout::Layout;
 use crate::format::read::{ReadError, read_found};
+use crate::format::superblock::PARENTS_MAX;
 use crate::format::{Assembly, Found};
 use crate::mirror::event::DeviceTraits;
 use crate::mirror::{Mirror, MirrorConfig};
@@ -193,11 +194,11 @@ impl World {
                 }
                 return self.start(disks);
             }
-            Err(AssembleError::Diverged(why))
-                if why.contains("further than the history kept") && self.victim.is_some() =>
-            {
-                // Joined and lost more often than generations are kept: refused by design.
-                if let Some(disk) = self.victim.take() {
+            Err(AssembleError::Diverged(why)) if self.beyond_history(disks).is_some() => {
+                // Away for more generations than the history holds: told from a diverged one by nobody. The
+                // operator takes it for a blank disk.
+                self.trace(|| format!("refused because the history is full: {why}"));
+                if let Some(disk) = self.beyond_history(disks) {
                     self.replace_disk(disk);
                 }
                 return self.start(disks);
@@ -219,11 +220,7 @@ impl World {
         }
         self.trace(|| {
             format!(
-                "START: event count {}, generation {} ({} before), in sync {:?}, resync {:?}, missing {:?}, unsynced {}, \
-                 dirty {}; {:?}",
-                assembly.head.event_count,
-                &assembly.head.generation.to_string()[..4],
-                assembly.head.parents.len(),
+                "START: in sync {:?}, resync {:?}, missing {:?}, unsynced {}, dirty {}; {:?}",
                 assembly.in_sync,
                 assembly.resync,
                 assembly.missing,
@@ -245,6 +242,16 @@ impl World {
         let pool = BufferPool::new(64 << 20);
         let mirror = Mirror::new(config, assembly, pool.clone());
         self.begin_life(mirror, pool, attached)
+    }
+
+    /// A disk whose generation may have fallen out of the newest superblock's history, which is full.
+    fn beyond_history(&self, disks: &[usize]) -> Option<usize> {
+        let found = |disk: &usize| self.find(*disk).ok().flatten();
+        let head =
+            disks.iter().filter_map(found).max_by_key(|found| found.superblock.event_count)?.superblock;
+        let known = |generation| head.generation == generation || head.parents.contains(&generation);
+        let forgotten = |disk: &usize| found(disk).is_some_and(|found| !known(found.superblock.generation));
+        (head.parents.len() == PARENTS_MAX).then(|| disks.iter().copied().find(forgotten)).flatten()
     }
 
     /// Whether every disk is a member in sync, and every superblock and stale map says so.

@@ -154,7 +154,9 @@ impl Disk {
         let blocks = range.offset / BLOCK_BYTES..range.end() / BLOCK_BYTES;
         let mut present: BTreeSet<u64> = self.cached.range(blocks.clone()).map(|(b, _)| *b).collect();
         present.extend(self.durable.range(blocks.clone()).map(|(b, _)| *b));
-        present.extend(self.history.range(blocks).map(|(b, _)| *b));
+        present.extend(self.history.range(blocks.clone()).map(|(b, _)| *b));
+        // What a failed flush lost is zeroed anew, even where it reads as zero.
+        present.extend(self.lost.range(blocks).map(|(b, _)| *b));
         for block in present {
             let sectors =
                 (0..8u64).filter(|s| keep(block * 8 + s)).fold(0u8, |mask, sector| mask | 1 << sector);
