@@ -26,6 +26,9 @@ const REGRESSIONS: &[(u64, &str)] = &[
     (2965, "a read does not wait for a copy in flight whose source has just failed"),
     (39196, "a second candidate is taken in with misaligned writes in flight"),
     (483, "a stop is answered twice where its flush fails while metadata cannot be recorded"),
+    (1156, "new requests do not keep the alignment of a replica that is being prepared"),
+    (5127, "a commit falls on the only whole superblock of a replica that is one commit behind"),
+    (107_613, "a stop is called unclean for a replica that failed while it was recorded"),
 ];
 
 /// Runs `seeds` on all cores until one fails, and gives the first failures in order of seeds.
