@@ -17,4 +17,5 @@ pub mod plan;
 pub mod promises;
 pub mod rng;
 pub mod run;
+pub mod steps;
 pub mod world;
