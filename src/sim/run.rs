@@ -20,9 +20,8 @@ use super::world::{Checked, Counts, Violation, World, violated};
 /// # Errors
 /// The promise that was broken, or the panic's message.
 pub fn run_seed(seed: u64, bug: Option<Bug>, verbose: bool) -> Result<Counts, String> {
-    quiet_panics();
     plant(bug);
-    let result = catch_unwind(AssertUnwindSafe(|| {
+    let result = guarded(|| {
         let mut world = World::new(Plan::draw(seed), verbose);
         if verbose {
             println!("{:#?}", world.plan);
@@ -30,10 +29,19 @@ pub fn run_seed(seed: u64, bug: Option<Bug>, verbose: bool) -> Result<Counts, St
         let lived = live(&mut world);
         world.counts.virtual_ns = world.now.0;
         world.counts.beyond_repair = u64::from(world.beyond_repair);
-        lived.map(|()| world.counts).map_err(|Violation(what)| what)
-    }));
+        lived.map(|()| world.counts)
+    });
     plant(None);
-    result.unwrap_or_else(|_| Err(format!("promise_11_panic: {}", PANIC.take())))
+    result
+}
+
+/// Runs `part`; a panic in it is a violation too.
+pub(super) fn guarded<T>(part: impl FnOnce() -> Result<T, Violation>) -> Result<T, String> {
+    quiet_panics();
+    match catch_unwind(AssertUnwindSafe(part)) {
+        Ok(result) => result.map_err(|Violation(what)| what),
+        Err(_) => Err(format!("promise_11_panic: {}", PANIC.take())),
+    }
 }
 
 thread_local! {
@@ -69,6 +77,11 @@ fn live(world: &mut World) -> Checked {
     })?;
     world.chaos = false;
     world.requests_left = 0;
+    finish(world)
+}
+
+/// The faults are over: everything heals, drains, stops clean, is identical and starts again.
+pub(super) fn finish(world: &mut World) -> Checked {
     heal(world)?;
     if world.beyond_repair {
         return Ok(());
@@ -86,7 +99,7 @@ fn live(world: &mut World) -> Checked {
 }
 
 /// Liveness: when the faults stop, every request is answered and every disk becomes a replica in sync.
-fn heal(world: &mut World) -> Checked {
+pub(super) fn heal(world: &mut World) -> Checked {
     for disk in &mut world.disks {
         (disk.gone, disk.full) = (false, false);
     }
