@@ -25,6 +25,8 @@ import traceback
 
 BLOCK_BYTES = 4096
 BLOCKS_MAX = 24
+# Between a thread's operations: the load is to be always there, not to take the machine.
+PAUSE_S = 0.03
 STAMP = struct.Struct("<QQQQ")
 
 
@@ -89,7 +91,7 @@ class Part:
 
     def work(self, done, failures):
         try:
-            while not done.is_set():
+            while not done.wait(PAUSE_S):
                 self.step()
             os.fsync(self.fd)
             for at in range(0, self.count, BLOCKS_MAX):

@@ -33,6 +33,8 @@ BLOCK_BYTES = 4096
 FILE_BYTES_MAX = 384 << 10
 FILES_MAX = 30
 FOLDERS_MAX = 8
+# Between a thread's operations: the load is to be always there, not to take the machine.
+PAUSE_S = 0.005
 FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_COLLAPSE, FALLOC_ZERO, FALLOC_INSERT = 1, 2, 8, 16, 32
 
 WEIGHTS = {
@@ -350,8 +352,9 @@ class Load:
 
     def set_attribute(self):
         name = self.a_file()
+        # All of a file's fit into one block of ext4, which may be 1 KiB.
         key = "user.k%d" % self.random.randrange(4)
-        value = self.random.randbytes(self.random.choice([4, 60, 500]))
+        value = self.random.randbytes(self.random.choice([4, 40, 150]))
         os.setxattr(self.path(name), key, value)
         self.files[name].attributes[key] = value
 
@@ -433,7 +436,7 @@ def check(top, manifest):
 
 def work(load, done, failures):
     try:
-        while not done.is_set():
+        while not done.wait(PAUSE_S):
             load.step()
         for name in list(load.files):
             load.fsync(name)
