@@ -5,6 +5,7 @@ mod clients;
 mod faults;
 mod fio;
 mod kill;
+mod power;
 mod stand_in;
 #[path = "../support/mod.rs"]
 mod support;

@@ -1,0 +1,412 @@
+//! Power cuts on the real binary: what its disks were told is recorded, and it is started on what a cut leaves of it.
+//!
+//! ```text
+//!  scenario ──► Log ──► cuts (each flush boundary, random ones) ──► images ──► daemon ──► judge
+//! ```
+//!
+//! What must hold after a cut: the daemon starts, what was durable is there, no byte has an older value than it may, two
+//! reads agree, and after the sync and a clean stop both replicas are what was read. A log is not the same twice (the
+//! daemon's threads and the kernel have their own time), so one that fails is kept and replayed from there.
+
+use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use crate::support::daemon::{Daemon, Volume, folder};
+use crate::support::recorder::{DISKS, Event, Log, Recorder};
+use crate::support::recorder_disk::RecordedDisk;
+use crate::support::recorder_judge::Judge;
+use crate::support::recorder_load::{Load, ask, read};
+use crate::support::recorder_replay::{Choice, Cut, Lie, images, joint_prefix, overlaps_in_flight};
+use crate::support::rng::{Rng, mix};
+use crate::support::skip;
+use crate::support::tools::wait_for;
+
+const VOLUME_BYTES: u64 = 2 << 20;
+const REGION_SIZE: &str = "64K";
+/// Replays at the same time.
+const THREADS: usize = 2;
+/// Cuts at flush boundaries and random cuts of one scenario in an ordinary test run.
+const CUTS: usize = 20;
+
+/// A recorded daemon: its disks, its log, and how it is served.
+struct Recording {
+    recorder: Recorder,
+    volume: Volume,
+    disks: Vec<RecordedDisk>,
+}
+
+impl Recording {
+    /// A new volume.
+    fn new(seed: u64) -> Self {
+        let created = Volume::new(VOLUME_BYTES, &["--region-size", REGION_SIZE]);
+        let images = [0, 1].map(|disk| fs::read(&created.replicas[disk]).unwrap());
+        Self::on(Log::new(&images), images, seed)
+    }
+
+    /// A volume that a log left in this state.
+    fn on(log: Log, images: [Vec<u8>; DISKS], seed: u64) -> Self {
+        let recorder = Recorder::new(log);
+        let disks = images.into_iter().enumerate();
+        let disks: Vec<_> =
+            disks.map(|(disk, content)| RecordedDisk::new(disk, content, &recorder, seed)).collect();
+        let replicas = disks.iter().map(|disk| disk.path.clone()).collect();
+        let volume = Volume { dir: folder(), size_bytes: VOLUME_BYTES, replicas, serve_args: Vec::new() };
+        Self { recorder, volume, disks }
+    }
+
+    fn load(&self, daemon: &Daemon, requests: usize, seed: u64) {
+        self.load_within(daemon, requests, seed, 0..VOLUME_BYTES);
+    }
+
+    fn load_within(&self, daemon: &Daemon, requests: usize, seed: u64, window: std::ops::Range<u64>) {
+        ask(&self.recorder, &daemon.socket, &Load { connections: 3, requests, window, seed });
+    }
+
+    fn operate(&self, daemon: &Daemon, verb: &str) {
+        self.recorder.note(verb);
+        daemon.verb(verb, &self.volume.replicas[1]).ok();
+    }
+
+    fn stop(&self, daemon: Daemon) {
+        self.recorder.note("stop");
+        daemon.stop();
+        self.recorder.log().push(Event::DaemonGone);
+    }
+
+    /// The log; every request in it was served.
+    fn finish(self) -> Log {
+        drop(self.disks);
+        let log = std::mem::take(&mut *self.recorder.log());
+        let refused = log.events.iter().filter(|event| matches!(event, Event::Answered { error: 1.., .. }));
+        assert_eq!(refused.count(), 0, "requests were answered with errors");
+        log
+    }
+}
+
+/// One way to make a log.
+struct Scenario {
+    name: &'static str,
+    record: fn(u64) -> Log,
+}
+
+const SCENARIOS: [Scenario; 5] = [
+    Scenario { name: "plain", record: record_plain },
+    Scenario { name: "fail-and-add", record: record_fail_and_add },
+    Scenario { name: "killed", record: record_killed },
+    Scenario { name: "cut-twice", record: record_cut_twice },
+    Scenario { name: "bits-cleared", record: record_bits_cleared },
+];
+
+/// Writes on several connections, then a clean stop.
+fn record_plain(seed: u64) -> Log {
+    let recording = Recording::new(seed);
+    let daemon = recording.volume.start();
+    recording.load(&daemon, 60, seed);
+    recording.stop(daemon);
+    recording.finish()
+}
+
+/// A replica is failed in the middle of writes, misses some, and comes back in the middle of others.
+fn record_fail_and_add(seed: u64) -> Log {
+    let recording = Recording::new(seed);
+    let daemon = recording.volume.start();
+    for (round, verb) in ["fail", "add"].into_iter().enumerate() {
+        std::thread::scope(|scope| {
+            scope.spawn(|| recording.load(&daemon, 40, mix(seed + round as u64)));
+            let answers = recording.recorder.log().answers();
+            wait_for("answers", Duration::from_secs(30), || recording.recorder.log().answers() > answers + 20);
+            recording.operate(&daemon, verb);
+        });
+    }
+    daemon.wait_in_sync();
+    recording.load(&daemon, 10, mix(seed + 2));
+    recording.stop(daemon);
+    recording.finish()
+}
+
+/// kill -9 in the middle of writes, and recovery, with writes during it.
+fn record_killed(seed: u64) -> Log {
+    let recording = Recording::new(seed);
+    let mut daemon = recording.volume.start();
+    for round in 0..2 {
+        std::thread::scope(|scope| {
+            let socket = daemon.socket.clone();
+            let load = Load { connections: 3, requests: 10_000, window: 0..VOLUME_BYTES, seed: mix(seed + round) };
+            let recorder = &recording.recorder;
+            let answers = recorder.log().answers();
+            scope.spawn(move || ask(recorder, &socket, &load));
+            wait_for("answers", Duration::from_secs(30), || recorder.log().answers() > answers + 60);
+            daemon.kill();
+        });
+        recording.recorder.log().push(Event::DaemonGone);
+        daemon = recording.volume.start();
+    }
+    recording.load(&daemon, 15, mix(seed + 3));
+    daemon.wait_in_sync();
+    recording.stop(daemon);
+    recording.finish()
+}
+
+/// The power is cut in the middle of writes, and again during and after the recovery from that.
+fn record_cut_twice(seed: u64) -> Log {
+    let mut log = record_plain(seed);
+    let mut rng = Rng::new(mix(seed));
+    let half = log.events.len() / 2;
+    let at = half + rng.below((log.events.len() - half) as u64 * 3 / 4) as usize;
+    let choice = match rng.below(4) {
+        0 => Choice::OnlyA,
+        1 => Choice::OnlyB,
+        2 => Choice::Torn(rng.next()),
+        _ => joint_prefix(&log, at, &mut rng),
+    };
+    let left = images(&log, Cut { at, choice }, Lie::Nothing);
+    log.cut_short(at);
+    log.power_on(&left);
+    let recording = Recording::on(log, left, seed);
+    let daemon = recording.volume.start();
+    let mut client = daemon.client();
+    let offsets = (0..VOLUME_BYTES).step_by(64 << 10);
+    let answers = offsets.map(|offset| (offset, read(&recording.recorder, &mut client, offset, 64 << 10)));
+    let answers: Vec<_> = answers.collect();
+    let judge = Judge::new(&recording.recorder.log(), VOLUME_BYTES);
+    for (offset, (asked, bytes)) in answers {
+        judge.check(asked, offset, &bytes).unwrap();
+    }
+    recording.load(&daemon, 20, mix(seed + 1));
+    daemon.wait_in_sync();
+    recording.stop(daemon);
+    recording.finish()
+}
+
+/// Regions rest until their intent bits are cleared, and are written again.
+fn record_bits_cleared(seed: u64) -> Log {
+    let recording = Recording::new(seed);
+    let daemon = recording.volume.start();
+    recording.load(&daemon, 20, seed);
+    daemon.wait_until("without dirty regions", Duration::from_secs(60), |status| {
+        // One region stays busy: its page is written while others' bits are cleared in it.
+        recording.load_within(&daemon, 1, mix(seed ^ status.dirty_bytes), 0..64 << 10);
+        status.dirty_bytes <= 64 << 10
+    });
+    recording.load(&daemon, 20, mix(seed + 1));
+    recording.stop(daemon);
+    recording.finish()
+}
+
+/// What was replayed.
+#[derive(Clone, Copy, Debug, Default)]
+struct Replayed {
+    cuts: usize,
+    boundaries: usize,
+    joint_prefixes: usize,
+}
+
+/// Which cuts of a log are replayed: at most `boundaries` flush boundaries (all, if there are no more), and `random` others.
+fn choose_cuts(log: &Log, boundaries: usize, random: usize, seed: u64) -> Vec<Cut> {
+    let mut rng = Rng::new(seed);
+    let (first, last) = (log.powered_on(log.events.len()) + 1, log.events.len());
+    let mut all = log.flush_boundaries(first..last + 1);
+    while all.len() > boundaries {
+        all.swap_remove(rng.below(all.len() as u64) as usize);
+    }
+    let others = (0..random).map(|_| first + rng.below((last - first) as u64 + 1) as usize);
+    let others: Vec<usize> = others.collect();
+    let cut = |at: usize| {
+        let choice = match rng.below(8) {
+            0 => Choice::None,
+            1 => Choice::All,
+            2 => Choice::OnlyA,
+            3 => Choice::OnlyB,
+            4..6 => Choice::Torn(rng.next()),
+            _ => joint_prefix(log, at, &mut rng),
+        };
+        Cut { at, choice }
+    };
+    all.into_iter().chain(others).map(cut).collect()
+}
+
+/// A folder in memory where there is one: the replays write a lot, and what is durable is the log's matter.
+fn folder_in_memory() -> tempfile::TempDir {
+    tempfile::Builder::new().prefix("nbdmirror-").tempdir_in("/dev/shm").unwrap_or_else(|_| folder())
+}
+
+/// A volume whose replicas are to be overwritten with images.
+fn volume_for_replays() -> Volume {
+    let dir = folder_in_memory();
+    let replicas = ["a.img", "b.img"].map(|name| dir.path().join(name)).to_vec();
+    Volume { dir, size_bytes: VOLUME_BYTES, replicas, serve_args: Vec::new() }
+}
+
+fn read_all(daemon: &Daemon) -> Vec<u8> {
+    daemon.client().read(0, VOLUME_BYTES as usize).unwrap()
+}
+
+/// Starts the daemon on what a cut leaves, and says what is wrong.
+fn replay(volume: &Volume, log: &Log, judge: &Judge, cut: Cut, lie: Lie) -> Result<(), String> {
+    let images = images(log, cut, lie);
+    for (path, image) in volume.replicas.iter().zip(&images) {
+        fs::write(path, image).unwrap();
+    }
+    let daemon = volume.try_start(&[]).map_err(|said| format!("does not start: {}{}", said.out, said.err))?;
+    let first = read_all(&daemon);
+    judge.check(cut.at, 0, &first).map_err(|wrong| wrong.join("\n"))?;
+    if read_all(&daemon) != first {
+        return Err("a second read differs".into());
+    }
+    daemon.wait_in_sync();
+    if read_all(&daemon) != first {
+        return Err("a read after the sync differs".into());
+    }
+    daemon.terminate();
+    for path in &volume.replicas {
+        if fs::read(path).unwrap()[..VOLUME_BYTES as usize] != first[..] {
+            return Err(format!("{} is not what was read", path.display()));
+        }
+    }
+    Ok(())
+}
+
+/// [`replay`], where a panic (a daemon that hangs or dies) is a failure as well.
+fn try_replay(volume: &Volume, log: &Log, judge: &Judge, cut: Cut, lie: Lie) -> Result<(), String> {
+    let caught = catch_unwind(AssertUnwindSafe(|| replay(volume, log, judge, cut, lie)));
+    caught.unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        Err(text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("panicked").to_owned())
+    })
+}
+
+/// Replays all cuts, on several threads; those that fail, with what is wrong.
+fn replay_all(log: &Log, cuts: &[Cut], lie: Lie) -> Vec<(Cut, String)> {
+    let judge = Judge::new(log, VOLUME_BYTES);
+    let (next, failed) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    std::thread::scope(|scope| {
+        for _ in 0..THREADS {
+            scope.spawn(|| {
+                let volume = volume_for_replays();
+                while let Some(cut) = cuts.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    if let Err(wrong) = try_replay(&volume, log, &judge, *cut, lie) {
+                        failed.lock().unwrap().push((*cut, wrong));
+                    }
+                }
+            });
+        }
+    });
+    failed.into_inner().unwrap()
+}
+
+/// Records a scenario and replays its cuts; fails the test, with how to replay the failure, where one is lost.
+fn record_and_replay(scenario: &Scenario, boundaries: usize, random: usize, seed: u64) -> Replayed {
+    let log = (scenario.record)(seed);
+    let overlaps = overlaps_in_flight(&log, VOLUME_BYTES);
+    let cuts = choose_cuts(&log, boundaries, random, seed);
+    let failed = replay_all(&log, &cuts, Lie::Nothing);
+    if !failed.is_empty() || !overlaps.is_empty() {
+        let kept = keep(&log, scenario.name, seed);
+        for (Cut { at, choice }, wrong) in &failed {
+            eprintln!("LOST: seed {seed}, scenario {}, cut {at}, {choice}: {wrong}", scenario.name);
+            eprintln!("  again: scripts/power-cuts --replay {} {at} {choice}", kept.display());
+        }
+        panic!("{} of {} cuts lost; overlapping writes in flight on a disk: {overlaps:?}", failed.len(), cuts.len());
+    }
+    let ended = |cut: &&Cut| !log.flush_boundaries(cut.at..cut.at + 1).is_empty();
+    let joint = |cut: &&Cut| matches!(cut.choice, Choice::Prefixes(_));
+    let replayed = Replayed {
+        cuts: cuts.len(),
+        boundaries: cuts.iter().filter(ended).count(),
+        joint_prefixes: cuts.iter().filter(joint).count(),
+    };
+    println!("{} (seed {seed}): {} events, {replayed:?}", scenario.name, log.events.len());
+    replayed
+}
+
+/// Keeps a log after the test, to replay it alone.
+fn keep(log: &Log, scenario: &str, seed: u64) -> PathBuf {
+    let name = format!("nbdmirror-power-{scenario}-{seed}-{}", std::process::id());
+    let path = std::env::temp_dir().join(name);
+    log.save(&path).unwrap();
+    path
+}
+
+/// The number in an environment variable, or `default`.
+fn from_environment(name: &str, default: u64) -> u64 {
+    std::env::var(name)
+        .map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name}={text}: no number")))
+}
+
+fn seed() -> u64 {
+    from_environment("NBDMIRROR_POWER_SEED", 1)
+}
+
+/// One row of the table, as an ordinary test does it.
+fn short(name: &str) {
+    if let Some(reason) = RecordedDisk::unavailable() {
+        return skip(&reason);
+    }
+    let scenario = SCENARIOS.iter().find(|scenario| scenario.name == name).unwrap();
+    record_and_replay(scenario, CUTS, CUTS, seed());
+}
+
+#[test]
+fn nothing_durable_is_lost_by_power_cuts() {
+    short("plain");
+}
+
+#[test]
+fn nothing_durable_is_lost_by_power_cuts_while_a_replica_goes_and_returns() {
+    short("fail-and-add");
+}
+
+#[test]
+fn nothing_durable_is_lost_by_power_cuts_around_kills() {
+    short("killed");
+}
+
+#[test]
+fn nothing_durable_is_lost_by_power_cuts_in_recovery() {
+    short("cut-twice");
+}
+
+#[test]
+fn nothing_durable_is_lost_by_power_cuts_around_the_clearing_of_bits() {
+    short("bits-cleared");
+}
+
+#[test]
+#[ignore = "long: scripts/power-cuts CUTS [SEED]"]
+fn soak() {
+    if let Some(reason) = RecordedDisk::unavailable() {
+        return skip(&reason);
+    }
+    let (wanted, seed) = (from_environment("NBDMIRROR_POWER_CUTS", 500) as usize, seed());
+    let mut total = Replayed::default();
+    for round in 0.. {
+        let scenario = &SCENARIOS[round as usize % SCENARIOS.len()];
+        // Every flush boundary of a log, and half as many random cuts.
+        let left = wanted - total.cuts;
+        let replayed = record_and_replay(scenario, left, left.min(100), seed + round);
+        total.cuts += replayed.cuts;
+        total.boundaries += replayed.boundaries;
+        total.joint_prefixes += replayed.joint_prefixes;
+        if total.cuts >= wanted {
+            break;
+        }
+    }
+    let Replayed { cuts, boundaries, joint_prefixes } = total;
+    println!("{cuts} cuts replayed ({boundaries} flush boundaries, {joint_prefixes} joint prefixes), 0 lost");
+}
+
+#[test]
+#[ignore = "replays one cut of a kept log: scripts/power-cuts --replay LOG CUT CHOICE"]
+fn replay_one() {
+    let variable = |name: &str| std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set"));
+    let log = Log::load(Path::new(&variable("NBDMIRROR_POWER_LOG"))).unwrap();
+    let choice = variable("NBDMIRROR_POWER_CHOICE").parse().unwrap();
+    let cut = Cut { at: variable("NBDMIRROR_POWER_CUT").parse().unwrap(), choice };
+    let judge = Judge::new(&log, VOLUME_BYTES);
+    replay(&volume_for_replays(), &log, &judge, cut, Lie::Nothing).unwrap();
+    println!("1 cuts replayed, 0 lost");
+}
