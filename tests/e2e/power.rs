@@ -16,7 +16,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use crate::support::daemon::{Daemon, Volume, folder};
-use crate::support::recorder::{DISKS, Event, Log, Recorder};
+use crate::support::nbd::{Command, FUA};
+use crate::support::recorder::{DISKS, DiskOp, Event, Log, Recorder};
 use crate::support::recorder_disk::RecordedDisk;
 use crate::support::recorder_judge::Judge;
 use crate::support::recorder_load::{Load, ask, read};
@@ -118,7 +119,9 @@ fn record_fail_and_add(seed: u64) -> Log {
         std::thread::scope(|scope| {
             scope.spawn(|| recording.load(&daemon, 40, mix(seed + round as u64)));
             let answers = recording.recorder.log().answers();
-            wait_for("answers", Duration::from_secs(30), || recording.recorder.log().answers() > answers + 20);
+            wait_for("answers", Duration::from_secs(30), || {
+                recording.recorder.log().answers() > answers + 20
+            });
             recording.operate(&daemon, verb);
         });
     }
@@ -135,7 +138,8 @@ fn record_killed(seed: u64) -> Log {
     for round in 0..2 {
         std::thread::scope(|scope| {
             let socket = daemon.socket.clone();
-            let load = Load { connections: 3, requests: 10_000, window: 0..VOLUME_BYTES, seed: mix(seed + round) };
+            let load =
+                Load { connections: 3, requests: 10_000, window: 0..VOLUME_BYTES, seed: mix(seed + round) };
             let recorder = &recording.recorder;
             let answers = recorder.log().answers();
             scope.spawn(move || ask(recorder, &socket, &load));
@@ -310,7 +314,11 @@ fn record_and_replay(scenario: &Scenario, boundaries: usize, random: usize, seed
             eprintln!("LOST: seed {seed}, scenario {}, cut {at}, {choice}: {wrong}", scenario.name);
             eprintln!("  again: scripts/power-cuts --replay {} {at} {choice}", kept.display());
         }
-        panic!("{} of {} cuts lost; overlapping writes in flight on a disk: {overlaps:?}", failed.len(), cuts.len());
+        panic!(
+            "{} of {} cuts lost; overlapping writes in flight on a disk: {overlaps:?}",
+            failed.len(),
+            cuts.len()
+        );
     }
     let ended = |cut: &&Cut| !log.flush_boundaries(cut.at..cut.at + 1).is_empty();
     let joint = |cut: &&Cut| matches!(cut.choice, Choice::Prefixes(_));
@@ -373,6 +381,37 @@ fn nothing_durable_is_lost_by_power_cuts_in_recovery() {
 #[test]
 fn nothing_durable_is_lost_by_power_cuts_around_the_clearing_of_bits() {
     short("bits-cleared");
+}
+
+/// Linux forgets `RWF_DSYNC` on FUSE when the direct write is asynchronous: FUA, intents and superblocks were not
+/// durable on such files.
+#[test]
+fn a_durable_write_is_flushed_on_fuse() {
+    if let Some(reason) = RecordedDisk::unavailable() {
+        return skip(&reason);
+    }
+    let recording = Recording::new(seed());
+    let daemon = recording.volume.start();
+    let begin = recording.recorder.log().events.len();
+    daemon.client().call(Command::Write, FUA, 0, 4096, &[7; 4096]).unwrap();
+    let log = recording.recorder.log().clone();
+    for disk in 0..DISKS {
+        let began = |of: fn(&DiskOp) -> bool| {
+            let mine =
+                |event: &Event| matches!(event, Event::DiskBegan { disk: its, op } if *its == disk && of(op));
+            log.events[begin..].iter().rposition(mine).map(|index| begin + index).unwrap()
+        };
+        let write = began(|op| matches!(op, DiskOp::Write { offset: 0, .. }));
+        let flush = began(|op| matches!(op, DiskOp::Flush));
+        let ended = |op: usize| {
+            log.events
+                .iter()
+                .position(|event| matches!(event, Event::DiskEnded { began, .. } if *began == op))
+        };
+        assert!(ended(write).unwrap() < flush, "disk {disk}: the write is not flushed");
+        assert!(ended(flush).is_some(), "disk {disk}: answered before the flush ended");
+    }
+    daemon.stop();
 }
 
 #[test]

@@ -44,7 +44,13 @@ struct End {
 impl Judge {
     /// A judge of a volume of `size_bytes` that read as zeroes when the log began.
     pub(crate) fn new(log: &Log, size_bytes: u64) -> Self {
-        let first = Write { asked: 0, ended: 0, durable: 0, range: 0..size_bytes, bytes: vec![0; size_bytes as usize] };
+        let first = Write {
+            asked: 0,
+            ended: 0,
+            durable: 0,
+            range: 0..size_bytes,
+            bytes: vec![0; size_bytes as usize],
+        };
         let ends = ends(log);
         let mut writes = vec![first];
         let mut written_since_power = false;
@@ -93,7 +99,8 @@ impl Judge {
     pub(crate) fn check(&self, cut: usize, offset: u64, bytes: &[u8]) -> Result<(), Vec<String>> {
         let end = offset + bytes.len() as u64;
         let known: Vec<&Write> = self.writes.iter().filter(|write| write.asked < cut).collect();
-        let mut borders: Vec<u64> = known.iter().flat_map(|write| [write.range.start, write.range.end]).collect();
+        let mut borders: Vec<u64> =
+            known.iter().flat_map(|write| [write.range.start, write.range.end]).collect();
         // Sectors are whole or not at all, and a line of a report names one.
         borders.extend((offset / 512..=end.div_ceil(512)).map(|sector| sector * 512));
         borders.retain(|border| (offset..=end).contains(border));
@@ -135,7 +142,11 @@ fn check_part(known: &[&Write], cut: usize, part: &Range<u64>, found: &[u8]) -> 
         None => format!("{:02x?}..., which nobody wrote", &found[..found.len().min(8)]),
     };
     let (asked, since) = (durable.asked, durable.durable);
-    Err(format!("byte {} ({} bytes): {what}; asked at {asked} and durable since {since} is another", part.start, found.len()))
+    Err(format!(
+        "byte {} ({} bytes): {what}; asked at {asked} and durable since {since} is another",
+        part.start,
+        found.len()
+    ))
 }
 
 /// When each request ended, by the index it was asked at; the entries of other events mean nothing.

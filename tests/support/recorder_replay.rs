@@ -189,7 +189,8 @@ fn apply(log: &Log, image: &mut [u8], change: &Change, is_there: impl Fn(u64) ->
 /// A joint prefix at this cut: on each disk, independently, some event from behind its last durable change up to the cut.
 pub(crate) fn joint_prefix(log: &Log, cut: usize, rng: &mut Rng) -> Choice {
     Choice::Prefixes(std::array::from_fn(|disk| {
-        let durable = changes(log, disk, cut).iter().filter(|change| change.durable).map(|change| change.began).max();
+        let durable =
+            changes(log, disk, cut).iter().filter(|change| change.durable).map(|change| change.began).max();
         let first = durable.unwrap_or(log.powered_on(cut)) + 1;
         first + rng.below((cut - first.min(cut)) as u64 + 1) as usize
     }))
@@ -211,7 +212,9 @@ pub(crate) fn overlaps_in_flight(log: &Log, below: u64) -> Vec<(usize, usize)> {
             Event::DiskEnded { began, .. } => in_flight.retain(|(other, ..)| other != began),
             Event::DiskBegan { disk, op } => {
                 let Some((start, end)) = range(*op).filter(|(start, _)| *start < below) else { continue };
-                let both = in_flight.iter().filter(|(_, its, first, last)| its == disk && *first < end && start < *last);
+                let both = in_flight
+                    .iter()
+                    .filter(|(_, its, first, last)| its == disk && *first < end && start < *last);
                 found.extend(both.map(|(other, ..)| (*other, index)));
                 in_flight.push((index, *disk, start, end));
             }
