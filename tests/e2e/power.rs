@@ -4,7 +4,7 @@
 //!  scenario ──► Log ──► cuts (each flush boundary, random ones) ──► images ──► daemon ──► judge
 //! ```
 //!
-//! What must hold after a cut: the daemon starts, what was durable is there, no byte has an older value than it may, two
+//! What must hold after a cut, also where one disk is lost with it: the daemon starts, what was durable is there, no byte has an older value than it may, two
 //! reads agree, and after the sync and a clean stop both replicas are what was read. A log is not the same twice (the
 //! daemon's threads and the kernel have their own time), so one that fails is kept and replayed from there.
 
@@ -15,9 +15,10 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use crate::support::checker::unique_bytes;
 use crate::support::daemon::{Daemon, Volume, folder};
 use crate::support::nbd::{Command, FUA};
-use crate::support::recorder::{DISKS, DiskOp, Event, Log, Recorder};
+use crate::support::recorder::{DISKS, DiskOp, Event, Log, Recorder, Request};
 use crate::support::recorder_disk::RecordedDisk;
 use crate::support::recorder_judge::Judge;
 use crate::support::recorder_load::{Load, ask, read};
@@ -92,14 +93,16 @@ impl Recording {
 struct Scenario {
     name: &'static str,
     record: fn(u64) -> Log,
+    /// The disks that may be lost for good at any cut: the other must be in sync all the time.
+    may_lose: &'static [usize],
 }
 
 const SCENARIOS: [Scenario; 5] = [
-    Scenario { name: "plain", record: record_plain },
-    Scenario { name: "fail-and-add", record: record_fail_and_add },
-    Scenario { name: "killed", record: record_killed },
-    Scenario { name: "cut-twice", record: record_cut_twice },
-    Scenario { name: "bits-cleared", record: record_bits_cleared },
+    Scenario { name: "plain", record: record_plain, may_lose: &[0, 1] },
+    Scenario { name: "fail-and-add", record: record_fail_and_add, may_lose: &[1] },
+    Scenario { name: "killed", record: record_killed, may_lose: &[0, 1] },
+    Scenario { name: "cut-twice", record: record_cut_twice, may_lose: &[0, 1] },
+    Scenario { name: "bits-cleared", record: record_bits_cleared, may_lose: &[0, 1] },
 ];
 
 /// Writes on several connections, then a clean stop.
@@ -167,7 +170,7 @@ fn record_cut_twice(seed: u64) -> Log {
         2 => Choice::Torn(rng.next()),
         _ => joint_prefix(&log, at, &mut rng),
     };
-    let left = images(&log, Cut { at, choice }, Lie::Nothing);
+    let left = images(&log, Cut { at, choice, lost: None }, Lie::Nothing);
     log.cut_short(at);
     log.power_on(&left);
     let recording = Recording::on(log, left, seed);
@@ -207,10 +210,11 @@ struct Replayed {
     cuts: usize,
     boundaries: usize,
     joint_prefixes: usize,
+    one_disk_lost: usize,
 }
 
 /// Which cuts of a log are replayed: at most `boundaries` flush boundaries (all, if there are no more), and `random` others.
-fn choose_cuts(log: &Log, boundaries: usize, random: usize, seed: u64) -> Vec<Cut> {
+fn choose_cuts(log: &Log, may_lose: &[usize], (boundaries, random): (usize, usize), seed: u64) -> Vec<Cut> {
     let mut rng = Rng::new(seed);
     let (first, last) = (log.powered_on(log.events.len()) + 1, log.events.len());
     let mut all = log.flush_boundaries(first..last + 1);
@@ -228,7 +232,8 @@ fn choose_cuts(log: &Log, boundaries: usize, random: usize, seed: u64) -> Vec<Cu
             4..6 => Choice::Torn(rng.next()),
             _ => joint_prefix(log, at, &mut rng),
         };
-        Cut { at, choice }
+        let lost = if rng.chance(25) { Some(rng.pick(may_lose)) } else { None };
+        Cut { at, choice, lost }
     };
     all.into_iter().chain(others).map(cut).collect()
 }
@@ -241,8 +246,7 @@ fn folder_in_memory() -> tempfile::TempDir {
 /// A volume whose replicas are to be overwritten with images.
 fn volume_for_replays() -> Volume {
     let dir = folder_in_memory();
-    let replicas = ["a.img", "b.img"].map(|name| dir.path().join(name)).to_vec();
-    Volume { dir, size_bytes: VOLUME_BYTES, replicas, serve_args: Vec::new() }
+    Volume { dir, size_bytes: VOLUME_BYTES, replicas: Vec::new(), serve_args: Vec::new() }
 }
 
 fn read_all(daemon: &Daemon) -> Vec<u8> {
@@ -250,18 +254,26 @@ fn read_all(daemon: &Daemon) -> Vec<u8> {
 }
 
 /// Starts the daemon on what a cut leaves, and says what is wrong.
-fn replay(volume: &Volume, log: &Log, judge: &Judge, cut: Cut, lie: Lie) -> Result<(), String> {
-    let images = images(log, cut, lie);
-    for (path, image) in volume.replicas.iter().zip(&images) {
-        fs::write(path, image).unwrap();
+fn replay(volume: &mut Volume, log: &Log, judge: &Judge, cut: Cut, lie: Lie) -> Result<(), String> {
+    volume.replicas.clear();
+    for (disk, image) in images(log, cut, lie).iter().enumerate() {
+        if cut.lost != Some(disk) {
+            let path = volume.path(["a.img", "b.img"][disk]);
+            fs::write(&path, image).unwrap();
+            volume.replicas.push(path);
+        }
     }
-    let daemon = volume.try_start(&[]).map_err(|said| format!("does not start: {}{}", said.out, said.err))?;
+    let args: &[&str] = if cut.lost.is_some() { &["--degraded"] } else { &[] };
+    let daemon =
+        volume.try_start(args).map_err(|said| format!("does not start: {}{}", said.out, said.err))?;
     let first = read_all(&daemon);
     judge.check(cut.at, 0, &first).map_err(|wrong| wrong.join("\n"))?;
     if read_all(&daemon) != first {
         return Err("a second read differs".into());
     }
-    daemon.wait_in_sync();
+    if cut.lost.is_none() {
+        daemon.wait_in_sync();
+    }
     if read_all(&daemon) != first {
         return Err("a read after the sync differs".into());
     }
@@ -275,7 +287,7 @@ fn replay(volume: &Volume, log: &Log, judge: &Judge, cut: Cut, lie: Lie) -> Resu
 }
 
 /// [`replay`], where a panic (a daemon that hangs or dies) is a failure as well.
-fn try_replay(volume: &Volume, log: &Log, judge: &Judge, cut: Cut, lie: Lie) -> Result<(), String> {
+fn try_replay(volume: &mut Volume, log: &Log, judge: &Judge, cut: Cut, lie: Lie) -> Result<(), String> {
     let caught = catch_unwind(AssertUnwindSafe(|| replay(volume, log, judge, cut, lie)));
     caught.unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().map(String::as_str);
@@ -290,9 +302,9 @@ fn replay_all(log: &Log, cuts: &[Cut], lie: Lie) -> Vec<(Cut, String)> {
     std::thread::scope(|scope| {
         for _ in 0..THREADS {
             scope.spawn(|| {
-                let volume = volume_for_replays();
+                let mut volume = volume_for_replays();
                 while let Some(cut) = cuts.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    if let Err(wrong) = try_replay(&volume, log, &judge, *cut, lie) {
+                    if let Err(wrong) = try_replay(&mut volume, log, &judge, *cut, lie) {
                         failed.lock().unwrap().push((*cut, wrong));
                     }
                 }
@@ -303,16 +315,16 @@ fn replay_all(log: &Log, cuts: &[Cut], lie: Lie) -> Vec<(Cut, String)> {
 }
 
 /// Records a scenario and replays its cuts; fails the test, with how to replay the failure, where one is lost.
-fn record_and_replay(scenario: &Scenario, boundaries: usize, random: usize, seed: u64) -> Replayed {
+fn record_and_replay(scenario: &Scenario, sizes: (usize, usize), seed: u64) -> Replayed {
     let log = (scenario.record)(seed);
     let overlaps = overlaps_in_flight(&log, VOLUME_BYTES);
-    let cuts = choose_cuts(&log, boundaries, random, seed);
+    let cuts = choose_cuts(&log, scenario.may_lose, sizes, seed);
     let failed = replay_all(&log, &cuts, Lie::Nothing);
     if !failed.is_empty() || !overlaps.is_empty() {
         let kept = keep(&log, scenario.name, seed);
-        for (Cut { at, choice }, wrong) in &failed {
-            eprintln!("LOST: seed {seed}, scenario {}, cut {at}, {choice}: {wrong}", scenario.name);
-            eprintln!("  again: scripts/power-cuts --replay {} {at} {choice}", kept.display());
+        for (cut, wrong) in &failed {
+            eprintln!("LOST: seed {seed}, scenario {}, cut {cut}: {wrong}", scenario.name);
+            eprintln!("  again: scripts/power-cuts --replay {} {cut}", kept.display());
         }
         panic!(
             "{} of {} cuts lost; overlapping writes in flight on a disk: {overlaps:?}",
@@ -326,6 +338,7 @@ fn record_and_replay(scenario: &Scenario, boundaries: usize, random: usize, seed
         cuts: cuts.len(),
         boundaries: cuts.iter().filter(ended).count(),
         joint_prefixes: cuts.iter().filter(joint).count(),
+        one_disk_lost: cuts.iter().filter(|cut| cut.lost.is_some()).count(),
     };
     println!("{} (seed {seed}): {} events, {replayed:?}", scenario.name, log.events.len());
     replayed
@@ -355,7 +368,7 @@ fn short(name: &str) {
         return skip(&reason);
     }
     let scenario = SCENARIOS.iter().find(|scenario| scenario.name == name).unwrap();
-    record_and_replay(scenario, CUTS, CUTS, seed());
+    record_and_replay(scenario, (CUTS, CUTS), seed());
 }
 
 #[test]
@@ -381,6 +394,48 @@ fn nothing_durable_is_lost_by_power_cuts_in_recovery() {
 #[test]
 fn nothing_durable_is_lost_by_power_cuts_around_the_clearing_of_bits() {
     short("bits-cleared");
+}
+
+/// How many of these replays, with disks that lie, the judge refuses.
+fn noticed(log: &Log, cuts: &[Cut], lie: Lie) -> usize {
+    let failed = replay_all(log, cuts, lie);
+    failed.iter().filter(|(_, wrong)| wrong.contains("durable since")).count()
+}
+
+#[test]
+fn disks_that_ignore_flushes_are_noticed() {
+    if let Some(reason) = RecordedDisk::unavailable() {
+        return skip(&reason);
+    }
+    let log = record_plain(seed());
+    let judge = Judge::new(&log, VOLUME_BYTES);
+    let boundaries = log.flush_boundaries(1..log.events.len() + 1);
+    // Few durable writes may happen to be overwritten, or zeroes.
+    let telling = boundaries.into_iter().filter(|at| judge.durable(*at) >= 8);
+    let cut = |at| Cut { at, choice: Choice::None, lost: None };
+    let cuts: Vec<Cut> = telling.step_by(4).map(cut).collect();
+    assert!(cuts.len() >= 10, "{} cuts", cuts.len());
+    assert_eq!(noticed(&log, &cuts, Lie::FlushesIgnored), cuts.len());
+}
+
+#[test]
+fn one_durable_write_that_both_disks_drop_is_noticed() {
+    if let Some(reason) = RecordedDisk::unavailable() {
+        return skip(&reason);
+    }
+    let recording = Recording::new(seed());
+    let daemon = recording.volume.start();
+    recording.load(&daemon, 20, seed());
+    let request = Request::Write { offset: 28_672, len: 4096, fua: true };
+    let asked = recording.recorder.log().push(Event::Asked(request));
+    let bytes = unique_bytes(asked as u64, 28_672, 4096);
+    daemon.client().call(Command::Write, FUA, 28_672, 4096, &bytes).unwrap();
+    let at = recording.recorder.log().push(Event::Answered { asked, error: 0, data: None }) + 1;
+    daemon.kill();
+    let log = recording.finish();
+    let cuts = [Choice::None, Choice::All, Choice::Torn(1)].map(|choice| Cut { at, choice, lost: None });
+    assert_eq!(replay_all(&log, &cuts, Lie::Nothing), []);
+    assert_eq!(noticed(&log, &cuts, Lie::NewestDurableDropped { below: VOLUME_BYTES }), cuts.len());
 }
 
 /// Linux forgets `RWF_DSYNC` on FUSE when the direct write is asynchronous: FUA, intents and superblocks were not
@@ -426,26 +481,27 @@ fn soak() {
         let scenario = &SCENARIOS[round as usize % SCENARIOS.len()];
         // Every flush boundary of a log, and half as many random cuts.
         let left = wanted - total.cuts;
-        let replayed = record_and_replay(scenario, left, left.min(100), seed + round);
+        let replayed = record_and_replay(scenario, (left, left.min(100)), seed + round);
         total.cuts += replayed.cuts;
         total.boundaries += replayed.boundaries;
         total.joint_prefixes += replayed.joint_prefixes;
+        total.one_disk_lost += replayed.one_disk_lost;
         if total.cuts >= wanted {
             break;
         }
     }
-    let Replayed { cuts, boundaries, joint_prefixes } = total;
+    let Replayed { cuts, boundaries, joint_prefixes, one_disk_lost } = total;
+    println!("{one_disk_lost} of the cuts with one disk lost for good");
     println!("{cuts} cuts replayed ({boundaries} flush boundaries, {joint_prefixes} joint prefixes), 0 lost");
 }
 
 #[test]
-#[ignore = "replays one cut of a kept log: scripts/power-cuts --replay LOG CUT CHOICE"]
+#[ignore = "replays one cut of a kept log: scripts/power-cuts --replay LOG CUT"]
 fn replay_one() {
     let variable = |name: &str| std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set"));
     let log = Log::load(Path::new(&variable("NBDMIRROR_POWER_LOG"))).unwrap();
-    let choice = variable("NBDMIRROR_POWER_CHOICE").parse().unwrap();
-    let cut = Cut { at: variable("NBDMIRROR_POWER_CUT").parse().unwrap(), choice };
+    let cut = variable("NBDMIRROR_POWER_CUT").parse().unwrap();
     let judge = Judge::new(&log, VOLUME_BYTES);
-    replay(&volume_for_replays(), &log, &judge, cut, Lie::Nothing).unwrap();
+    replay(&mut volume_for_replays(), &log, &judge, cut, Lie::Nothing).unwrap();
     println!("1 cuts replayed, 0 lost");
 }

@@ -182,3 +182,88 @@ fn flushed(log: &Log, ends: &[End], answered: usize) -> usize {
     }
     first
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::recorder::DISKS;
+    use super::*;
+
+    const SIZE: u64 = 4096;
+
+    struct Story(Log);
+
+    impl Story {
+        fn new() -> Self {
+            Self(Log::new(&[const { Vec::new() }; DISKS]))
+        }
+
+        fn asks(&mut self, request: Request) -> usize {
+            self.0.push(Event::Asked(request))
+        }
+
+        fn writes(&mut self, fua: bool) -> usize {
+            self.asks(Request::Write { offset: 0, len: 1024, fua })
+        }
+
+        fn gets(&mut self, asked: usize) {
+            self.0.push(Event::Answered { asked, error: 0, data: None });
+        }
+
+        fn flushes(&mut self) {
+            let flush = self.asks(Request::Flush);
+            self.gets(flush);
+        }
+
+        /// Whether the first sector may have the value of the write asked at this event (0: the first content) now.
+        fn may_be(&self, asked: usize) -> bool {
+            let bytes = if asked == 0 { vec![0; 512] } else { unique_bytes(asked as u64, 0, 512) };
+            Judge::new(&self.0, SIZE).check(self.0.events.len(), 0, &bytes).is_ok()
+        }
+    }
+
+    #[test]
+    fn a_write_promises_nothing_before_a_flush_that_came_after_its_answer() {
+        let mut story = Story::new();
+        let write = story.writes(false);
+        assert!(story.may_be(0) && story.may_be(write));
+        let flush = story.asks(Request::Flush);
+        story.gets(write);
+        story.gets(flush);
+        assert!(story.may_be(0) && story.may_be(write), "the flush was asked before the answer");
+        story.flushes();
+        assert!(!story.may_be(0) && story.may_be(write));
+    }
+
+    #[test]
+    fn a_durable_write_buries_what_had_ended_before_it_and_nothing_else() {
+        let mut story = Story::new();
+        let old = story.writes(false);
+        story.gets(old);
+        let (fua, beside) = (story.writes(true), story.writes(false));
+        assert!([0, old, fua, beside].into_iter().all(|asked| story.may_be(asked)));
+        story.gets(fua);
+        assert!(!story.may_be(0) && !story.may_be(old) && story.may_be(fua) && story.may_be(beside));
+        let bytes = [unique_bytes(fua as u64, 0, 512), unique_bytes(beside as u64, 512, 512)].concat();
+        let judge = Judge::new(&story.0, SIZE);
+        assert!(judge.check(story.0.events.len(), 0, &bytes).is_ok(), "torn between sectors");
+        assert!(
+            judge.check(story.0.events.len(), 512, &bytes[..512]).is_err(),
+            "right bytes at a wrong place"
+        );
+    }
+
+    #[test]
+    fn what_the_power_took_no_later_flush_makes_durable_and_a_read_settles_it() {
+        let mut story = Story::new();
+        let (lost, in_flight) = (story.writes(false), story.writes(false));
+        story.gets(lost);
+        story.0.power_on(&[const { Vec::new() }; DISKS]);
+        story.flushes();
+        assert!(story.may_be(0) && story.may_be(lost) && story.may_be(in_flight));
+        let read = story.asks(Request::Read { offset: 0, len: 1024 });
+        let data = Some(story.0.keep(&unique_bytes(in_flight as u64, 0, 1024)));
+        assert!(story.may_be(0));
+        story.0.push(Event::Answered { asked: read, error: 0, data });
+        assert!(!story.may_be(0) && !story.may_be(lost) && story.may_be(in_flight));
+    }
+}

@@ -75,13 +75,40 @@ pub(crate) enum Lie {
     NewestDurableDropped { below: u64 },
 }
 
-/// One moment of power loss.
-#[derive(Clone, Copy, Debug)]
+/// One moment of power loss. In text: `at/choice`, and `/lost:disk`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Cut {
     /// Events before this one have happened.
     pub(crate) at: usize,
     /// What the caches lost.
     pub(crate) choice: Choice,
+    /// The disk that does not come back.
+    pub(crate) lost: Option<usize>,
+}
+
+impl fmt::Display for Cut {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.at, self.choice)?;
+        self.lost.map_or(Ok(()), |disk| write!(f, "/lost:{disk}"))
+    }
+}
+
+impl FromStr for Cut {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut parts = text.split('/');
+        let at = parts.next().and_then(|at| at.parse().ok());
+        let choice = parts.next().ok_or_else(|| format!("{text}: not a cut"))?.parse()?;
+        let lost = match parts.next().map(|lost| lost.strip_prefix("lost:")) {
+            None => Some(None),
+            Some(disk) => disk.and_then(|disk| disk.parse().ok()).filter(|disk| *disk < DISKS).map(Some),
+        };
+        match (at, lost, parts.next()) {
+            (Some(at), Some(lost), None) => Ok(Self { at, choice, lost }),
+            _ => Err(format!("{text}: not a cut")),
+        }
+    }
 }
 
 /// An operation of one disk that changes bytes.
@@ -222,4 +249,94 @@ pub(crate) fn overlaps_in_flight(log: &Log, below: u64) -> Vec<(usize, usize)> {
         }
     }
     found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// On each disk: a write and a flush that covers it, another write of the same place, a third that covers both.
+    fn log() -> (Log, usize) {
+        let mut log = Log::new(&[vec![0; 4096], vec![0; 4096]]);
+        for (value, flush) in [(1, true), (2, false), (3, false)] {
+            let data = log.keep(&[value; 1024]);
+            for disk in 0..DISKS {
+                let op = DiskOp::Write { offset: 256 * u64::from(value), data, fua: false };
+                let began = log.push(Event::DiskBegan { disk, op });
+                log.push(Event::DiskEnded { disk, began });
+                if flush {
+                    let began = log.push(Event::DiskBegan { disk, op: DiskOp::Flush });
+                    log.push(Event::DiskEnded { disk, began });
+                }
+            }
+        }
+        let cut = log.events.len();
+        (log, cut)
+    }
+
+    fn at(cut: usize, choice: Choice) -> Cut {
+        Cut { at: cut, choice, lost: None }
+    }
+
+    #[test]
+    fn what_a_flush_covers_is_in_every_image_and_the_rest_as_chosen() {
+        let (log, cut) = log();
+        let first = |choice| {
+            images(&log, at(cut, choice), Lie::Nothing).map(|image| (image[256], image[600], image[800]))
+        };
+        assert_eq!(first(Choice::None), [(1, 1, 1); 2]);
+        assert_eq!(first(Choice::All), [(1, 2, 3); 2]);
+        assert_eq!(first(Choice::OnlyB), [(1, 1, 1), (1, 2, 3)]);
+        assert_eq!(first(Choice::Prefixes([cut - 2, cut])), [(1, 2, 2 + 1), (1, 2, 3)]);
+        for seed in 0..100 {
+            for (durable, second, third) in first(Choice::Torn(seed)) {
+                assert_eq!(durable, 1);
+                assert!((1..=2).contains(&second) && (1..=3).contains(&third));
+            }
+            let mut rng = Rng::new(seed);
+            let Choice::Prefixes(ends) = joint_prefix(&log, cut, &mut rng) else { unreachable!() };
+            assert!(ends.iter().all(|end| (1..=cut).contains(end)), "{ends:?}");
+        }
+        let lied = images(&log, at(cut, Choice::None), Lie::FlushesIgnored);
+        assert!(lied.concat().iter().all(|byte| *byte == 0));
+        let lied = images(&log, at(cut, Choice::None), Lie::NewestDurableDropped { below: 4096 });
+        assert!(lied.concat().iter().all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn a_flush_covers_only_what_had_ended_before_it_began() {
+        let mut log = Log::new(&[vec![0; 512], vec![0; 512]]);
+        let data = log.keep(&[9; 512]);
+        let write = log.push(Event::DiskBegan { disk: 0, op: DiskOp::Write { offset: 0, data, fua: false } });
+        let flush = log.push(Event::DiskBegan { disk: 0, op: DiskOp::Flush });
+        log.push(Event::DiskEnded { disk: 0, began: write });
+        log.push(Event::DiskEnded { disk: 0, began: flush });
+        assert_eq!(images(&log, at(5, Choice::None), Lie::Nothing)[0][0], 0);
+        let flush = log.push(Event::DiskBegan { disk: 0, op: DiskOp::Flush });
+        log.push(Event::DiskEnded { disk: 0, began: flush });
+        assert_eq!(images(&log, at(6, Choice::None), Lie::Nothing)[0][0], 0);
+        assert_eq!(images(&log, at(7, Choice::None), Lie::Nothing)[0][0], 9);
+        assert_eq!(log.flush_boundaries(1..8), [5, 7]);
+    }
+
+    #[test]
+    fn a_cut_is_read_as_it_is_printed() {
+        let choices = [
+            Choice::None,
+            Choice::All,
+            Choice::OnlyA,
+            Choice::OnlyB,
+            Choice::Torn(7),
+            Choice::Prefixes([3, 4]),
+        ];
+        for (choice, lost) in
+            choices.into_iter().flat_map(|choice| [None, Some(0), Some(1)].map(|lost| (choice, lost)))
+        {
+            let cut = Cut { at: 12, choice, lost };
+            assert_eq!(cut.to_string().parse(), Ok(cut));
+        }
+        for text in ["", "12", "12/some", "12/none/lost:2", "12/none/x", "12/none/lost:1/x", "x/none"] {
+            assert!(text.parse::<Cut>().is_err(), "{text}");
+        }
+    }
 }
