@@ -6,6 +6,7 @@ mod faults;
 mod fio;
 mod kill;
 mod power;
+mod power_scenarios;
 mod stand_in;
 #[path = "../support/mod.rs"]
 mod support;

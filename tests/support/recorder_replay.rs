@@ -320,6 +320,22 @@ mod tests {
     }
 
     #[test]
+    fn writes_of_one_place_in_flight_together_are_seen() {
+        let (mut log, _) = log();
+        let data = log.keep(&[5; 512]);
+        let mut begin = |disk, offset| {
+            log.push(Event::DiskBegan { disk, op: DiskOp::Write { offset, data, fua: false } })
+        };
+        let first = begin(0, 0);
+        let (_beside, _other_disk, _metadata) = (begin(0, 512), begin(1, 0), begin(0, 2048));
+        let second = begin(0, 511);
+        assert_eq!(overlaps_in_flight(&log, 2048), [(first, second), (first + 1, second)]);
+        log.push(Event::DiskEnded { disk: 0, began: second });
+        log.push(Event::DiskBegan { disk: 0, op: DiskOp::Zero { offset: 1023, len: 1, fua: false } });
+        assert_eq!(overlaps_in_flight(&log, 2048).last(), Some(&(first + 1, second + 2)));
+    }
+
+    #[test]
     fn a_cut_is_read_as_it_is_printed() {
         let choices = [
             Choice::None,
