@@ -12,7 +12,7 @@
 //! What must hold: which worlds are met depends on the scenario, the seed and the caps only, not on the threads: a
 //! world's recovery follows from what stands on its disks and in its oracle.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -107,8 +107,8 @@ struct Explorer {
     goal: Goal,
     shared: Arc<Shared>,
     tally: RefCell<Tally>,
-    /// `create` has not ended.
-    creating: RefCell<bool>,
+    /// The scenario's `create` has ended well.
+    created: Cell<bool>,
 }
 
 /// A run that is crashed after each of its steps.
@@ -120,6 +120,7 @@ struct Watched {
     steps: u64,
     distinct: u64,
     epoch: Option<crate::sim::world::CrashEpoch>,
+    /// `create` has not ended well, and no daemon has opened what it left: there need be no volume.
     creating: bool,
 }
 
@@ -149,7 +150,7 @@ fn explore(scenario: &'static Scenario, settings: Settings, shared: &Arc<Shared>
         goal,
         shared: Arc::clone(shared),
         tally: RefCell::default(),
-        creating: RefCell::new(false),
+        created: Cell::new(false),
     });
     let played = guarded(|| explorer.play());
     if let Err(why) = played {
@@ -171,9 +172,8 @@ impl Explorer {
         if watch_create {
             self.watch(&mut world, Address::default(), 0, true);
         }
-        self.creating.replace(true);
         create(&mut world)?;
-        self.creating.replace(false);
+        self.created.set(true);
         let disks = script::all(&world);
         world.start(&disks)?;
         play(&mut world, &[super::scenarios::Step::Sync], |_| {})?;
@@ -195,6 +195,8 @@ impl Explorer {
     /// After a step.
     fn look(self: &Rc<Self>, watched: &mut Watched, world: &World) {
         watched.steps += 1;
+        let opened = world.daemon.as_ref().is_some_and(|daemon| daemon.mirror.is_open());
+        watched.creating &= !self.created.get() && !opened;
         let depth = watched.from.0.len();
         if let Goal::Only(address) = &self.goal {
             if let Some((step, outcome)) = address.0.get(depth)
@@ -273,7 +275,7 @@ impl Explorer {
         let mut address = watched.from.clone();
         address.0.push((watched.steps, outcome));
         let depth = address.0.len();
-        let creating = watched.creating && *self.creating.borrow();
+        let creating = watched.creating;
         left.begin_depth(self.settings.seed, depth as u64);
         let deeper = depth == 1 && self.settings.cap2 > 0;
         if crash_again && (deeper || matches!(self.goal, Goal::Only(_))) {

@@ -51,8 +51,17 @@ pub enum Step {
     Crash(&'static str),
     /// The daemon starts with these disks.
     Start(&'static [usize]),
-    /// It may not start with these disks (promise 8).
-    Refused(&'static [usize]),
+    /// It may not start with these disks alone (promise 8): not without `--degraded`, or not even with it.
+    Refused(&'static [usize], Degraded),
+}
+
+/// How an operator tries to start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Degraded {
+    /// As always.
+    No,
+    /// With `--degraded`.
+    Yes,
 }
 
 /// A row of the table.
@@ -196,11 +205,12 @@ pub const SCENARIOS: &[Scenario] = &[
             Ask(Write, 4096, 512),
             Idle,
             Step::FailNext(0, FailNext::Read),
-            Step::FailNext(1, FailNext::Read),
             Watch,
             Ask(Read, 4096, 512),
             Idle,
             Ask(Read, 4096, 512),
+            Idle,
+            Ask(Write, 4096, 512),
             Idle,
         ],
     ),
@@ -464,9 +474,9 @@ pub const SCENARIOS: &[Scenario] = &[
         ],
     ),
     row(
-        "sweep's-flush-fails",
+        "flush-before-bit-clearing-fails",
         TWO,
-        &[Ask(Write, 4096, 512), Idle, Step::FailNext(0, FailNext::Flush), Watch, Clean],
+        &[Ask(Write, 4096, 512), Idle, Step::FailNext(0, FailNext::Flush), Watch, Events(20)],
     ),
     row(
         "stale-replica-alone",
@@ -480,10 +490,33 @@ pub const SCENARIOS: &[Scenario] = &[
             Idle,
             Step::Crash("knone"),
             Back(1),
-            Refused(&[1]),
+            Refused(&[1], Degraded::No),
             Watch,
             Start(&[0, 1]),
             Ask(Read, 4096, 512),
+            Idle,
+            Sync,
+        ],
+    ),
+    row(
+        "resyncing-replica-alone",
+        TWO,
+        &[
+            Gone(1),
+            Ask(Write, 4096, 512),
+            Ask(Write, REGION, 512),
+            Idle,
+            Back(1),
+            Add(1),
+            Events(8),
+            Step::Crash("kall"),
+            Refused(&[1], Degraded::No),
+            Refused(&[1], Degraded::Yes),
+            Watch,
+            Start(&[0]),
+            Ask(Write, 4096, 512),
+            Idle,
+            Add(1),
             Idle,
             Sync,
         ],

@@ -1,8 +1,9 @@
 //! Plays a scenario's script in a world.
 
 use super::fork::Outcome;
-use super::scenarios::{REGION, REGIONS, Scenario, Step};
-use crate::format::assemble::AssembleError;
+use super::scenarios::{Degraded, REGION, REGIONS, Scenario, Step};
+use crate::format::Found;
+use crate::format::assemble::{AssembleError, AssembleOptions, assemble};
 use crate::format::create::Created;
 use crate::mirror::event::AdminCommand;
 use crate::sim::client::Asked;
@@ -140,13 +141,20 @@ fn one(world: &mut World, step: Step) -> Checked {
         Step::Stop => stop(world),
         Step::Crash(outcome) => crash(world, outcome),
         Step::Start(disks) => world.start(disks),
-        Step::Refused(disks) => match world.assemble(disks) {
-            Ok(_) => violated("promise_8_no_silent_rollback", format!("disks {disks:?} alone are trusted")),
-            Err(why) => {
-                world.trace(|| format!("refused: {why}"));
-                Ok(())
-            }
-        },
+        Step::Refused(disks, degraded) => refused(world, disks, degraded),
+    }
+}
+
+/// Promise 8: these disks alone are not trusted.
+fn refused(world: &World, disks: &[usize], degraded: Degraded) -> Checked {
+    let found: Vec<Found> = disks.iter().filter_map(|disk| world.find(*disk).ok().flatten()).collect();
+    let options = AssembleOptions { degraded: degraded == Degraded::Yes, ..AssembleOptions::default() };
+    match assemble(&found, options) {
+        Ok(_) => violated("promise_8_no_silent_rollback", format!("disks {disks:?} alone are trusted")),
+        Err(why) => {
+            world.trace(|| format!("refused: {why}"));
+            Ok(())
+        }
     }
 }
 
@@ -203,7 +211,7 @@ fn crash(world: &mut World, outcome: &str) -> Checked {
 }
 
 /// The daemon starts after a crash on all disks that are there, clients read what the script touched, and everything
-/// heals. Where the crash was in `create` (`creating`) and left no volume, it is created first.
+/// heals. Where no daemon ever served the volume (`creating`) and the crash left none, it is created first.
 ///
 /// # Errors
 /// The promise that was broken.
@@ -213,9 +221,9 @@ pub fn recover(world: &mut World, scenario: &Scenario, creating: bool) -> Checke
         world.disks.iter_mut().for_each(|disk| disk.gone = false);
     }
     let disks = all(world);
-    if world.never_started() {
+    if creating || world.never_started() {
         match world.assemble(&disks) {
-            Ok((assembly, _)) if assembly.resync.is_empty() => {}
+            Ok((assembly, _)) if assembly.resync.is_empty() || !world.never_started() => {}
             Ok((assembly, _)) => {
                 let resync = assembly.resync;
                 return violated("create", format!("resync of {resync:?} after a crash"));
