@@ -18,6 +18,7 @@ use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::rc::{Rc, Weak};
 
+use crate::planted::{Bug, planted};
 use crate::units::{BLOCK_BYTES, ByteRange};
 
 const ALIGN: usize = BLOCK_BYTES as usize;
@@ -198,7 +199,7 @@ impl Deref for Buffer {
 
 impl DerefMut for Buffer {
     fn deref_mut(&mut self) -> &mut [u8] {
-        debug_assert_eq!(Rc::strong_count(&self.memory), 1);
+        debug_assert!(Rc::strong_count(&self.memory) == 1 || planted(Bug::ReuseBufferEarly));
         // SAFETY: as for `deref`; and a `Buffer` is the only handle to its memory, borrowed mutably here.
         unsafe { std::slice::from_raw_parts_mut(self.memory.start.as_ptr(), self.memory.bytes) }
     }
@@ -254,6 +255,16 @@ impl Drop for SharedBuffer {
 }
 
 fn release(memory: Rc<Memory>) {
+    if planted(Bug::ReuseBufferEarly)
+        && Rc::strong_count(&memory) > 1
+        && let Some(pool) = memory.pool.upgrade()
+        && usize::from(memory.class) < CLASSES
+    {
+        // In the simulator's one thread nobody holds a slice across this, so only the bytes are wrong.
+        pool.kept_bytes.set(pool.kept_bytes.get() + memory.bytes);
+        pool.free.borrow_mut()[usize::from(memory.class)].push(memory);
+        return;
+    }
     if Rc::strong_count(&memory) == 1
         && let Some(pool) = memory.pool.upgrade()
     {

@@ -9,6 +9,8 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 use nbdmirror::planted::{BUGS, Bug};
+use nbdmirror::sim::bugs::Hunt;
+use nbdmirror::sim::run::Options;
 use nbdmirror::sim::steps;
 use nbdmirror::sim::steps::explore::{Address, Settings};
 use nbdmirror::sim::steps::scenarios::{self, SCENARIOS, Scenario};
@@ -27,6 +29,30 @@ enum Command {
     Swarm(SwarmArgs),
     /// Named scenarios, crashed after every event, and their recoveries crashed again.
     Steps(StepsArgs),
+    /// How many seeds each planted bug needs to be caught, and by which check.
+    Bugs(BugsArgs),
+}
+
+#[derive(Args)]
+struct BugsArgs {
+    /// Hunts of each bug, each from a first seed of its own; odd, so that there is a median.
+    #[arg(long, default_value_t = 9)]
+    hunts: u64,
+    /// Seeds after which a hunt gives up.
+    #[arg(long, default_value_t = 3000)]
+    limit: u64,
+    /// The first seed of the first hunt.
+    #[arg(long, default_value_t = 1)]
+    first: u64,
+    /// Threads (a hunt runs in one of them).
+    #[arg(long, default_value_t = available_threads())]
+    threads: usize,
+    /// Only this bug.
+    #[arg(long, value_parser = Bug::named)]
+    bug: Option<Bug>,
+    /// Print one line of JSON instead of a table.
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Args)]
@@ -41,14 +67,20 @@ struct SwarmArgs {
     #[arg(long, default_value_t = available_threads())]
     threads: usize,
     /// Plant this bug in the core.
-    #[arg(long, value_parser = bug_named)]
+    #[arg(long, value_parser = Bug::named)]
     bug: Option<Bug>,
     /// Print everything that happens.
     #[arg(long)]
     verbose: bool,
+    /// Leave out the core's own checks: only the promises' checks judge.
+    #[arg(long)]
+    no_invariants: bool,
+    /// Close with one line of JSON instead of words: counts, `passed`, `failed`, `failing_seeds`.
+    #[arg(long)]
+    json: bool,
     /// Print at most this many failures.
     #[arg(long, default_value_t = 20)]
-    show: u64,
+    show: usize,
 }
 
 #[derive(Args)]
@@ -69,7 +101,7 @@ struct StepsArgs {
     #[arg(long, default_value_t = available_threads())]
     threads: usize,
     /// Plant this bug in the core.
-    #[arg(long, value_parser = bug_named)]
+    #[arg(long, value_parser = Bug::named)]
     bug: Option<Bug>,
     /// Crash at this place only, like 12/p5/30/knone, and print what happens then; empty: the scenario itself.
     #[arg(long, requires = "scenario")]
@@ -86,6 +118,7 @@ fn main() -> ExitCode {
     let well = match Arguments::parse_from(with_subcommand(std::env::args_os())).command {
         Command::Swarm(args) => swarm(&args),
         Command::Steps(args) => steps(&args),
+        Command::Bugs(args) => bugs(&args),
     };
     ExitCode::from(u8::from(!well))
 }
@@ -101,18 +134,29 @@ fn with_subcommand(args: impl Iterator<Item = OsString>) -> Vec<OsString> {
 }
 
 fn swarm(args: &SwarmArgs) -> bool {
-    let swarm = Swarm { bug: args.bug, verbose: args.verbose, threads: args.threads };
+    let options = Options { bug: args.bug, verbose: args.verbose, invariants: !args.no_invariants };
+    let swarm = Swarm { options, threads: args.threads };
     let end = args.first.saturating_add(args.seeds);
-    let mut shown = 0;
+    let mut failing = Vec::new();
     let report = swarm.run(args.first..end, |seed, why| {
-        shown += 1;
-        if shown <= args.show {
+        failing.push(seed);
+        if failing.len() <= args.show && !args.json {
             println!("seed {seed} FAILED: {why}");
             println!("  replay: scripts/simulate --seeds 1 --first {seed} --verbose");
         }
     });
-    println!("{}", report.counts);
-    println!("{} passed, {} failed", report.passed, report.failed);
+    if args.json {
+        failing.sort_unstable();
+        failing.truncate(args.show);
+        let mut json = report.counts.to_json();
+        json.insert("passed".to_owned(), report.passed.into());
+        json.insert("failed".to_owned(), report.failed.into());
+        json.insert("failing_seeds".to_owned(), failing.into());
+        println!("{}", serde_json::Value::Object(json));
+    } else {
+        println!("{}", report.counts);
+        println!("{} passed, {} failed", report.passed, report.failed);
+    }
     report.failed == 0
 }
 
@@ -152,9 +196,14 @@ fn scenario_named(name: &str) -> Result<&'static Scenario, String> {
     })
 }
 
-fn bug_named(name: &str) -> Result<Bug, String> {
-    BUGS.into_iter().find(|bug| format!("{bug:?}") == name).ok_or_else(|| {
-        let names: Vec<String> = BUGS.iter().map(|bug| format!("{bug:?}")).collect();
-        format!("there is no bug {name:?} to plant; choose one of {}", names.join(", "))
-    })
+fn bugs(args: &BugsArgs) -> bool {
+    let bugs = args.bug.map_or_else(|| BUGS.to_vec(), |bug| vec![bug]);
+    let hunt = Hunt { hunts: args.hunts, limit: args.limit, first: args.first, threads: args.threads };
+    let table = hunt.run(&bugs);
+    if args.json {
+        println!("{}", table.to_json());
+    } else {
+        print!("{table}");
+    }
+    table.missed().is_empty()
 }

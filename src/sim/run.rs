@@ -12,18 +12,38 @@ use crate::mirror::status::Health;
 use crate::planted::{Bug, plant};
 use crate::units::SECOND_NS;
 
+use super::counts::Counts;
 use super::plan::Plan;
-use super::world::{Checked, Counts, Violation, World, violated};
+use super::world::{Checked, Violation, World, violated};
 
-/// Runs the world of `seed`, with `bug` planted in the core.
+/// How a seed is run.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// The bug planted in the core.
+    pub bug: Option<Bug>,
+    /// Print everything that happens.
+    pub verbose: bool,
+    /// The core's own `check_invariants` runs beside the promises' checks.
+    pub invariants: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { bug: None, verbose: false, invariants: true }
+    }
+}
+
+/// Runs the world of `seed`.
 ///
 /// # Errors
 /// The promise that was broken, or the panic's message.
-pub fn run_seed(seed: u64, bug: Option<Bug>, verbose: bool) -> Result<Counts, String> {
-    plant(bug);
+pub fn run_seed(seed: u64, options: Options) -> Result<Counts, String> {
+    plant(options.bug);
     let result = guarded(|| {
-        let mut world = World::new(Plan::draw(seed), verbose);
-        if verbose {
+        let mut world = World::new(Plan::draw(seed), options.verbose);
+        world.invariants = options.invariants;
+        world.counts.worlds = 1;
+        if options.verbose {
             println!("{:#?}", world.plan);
         }
         let lived = live(&mut world);
@@ -102,6 +122,7 @@ pub(super) fn finish(world: &mut World) -> Checked {
 pub(super) fn heal(world: &mut World) -> Checked {
     for disk in &mut world.disks {
         (disk.gone, disk.full) = (false, false);
+        (disk.slow_until, disk.stuck_until) = (world.now, world.now);
     }
     let regions = world.regions().count();
     let slow = world.plan.latency_ns * world.plan.slow_factor;
