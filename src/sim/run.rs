@@ -42,7 +42,7 @@ thread_local! {
 }
 
 /// Panics in worlds are kept for the report and not printed.
-fn quiet_panics() {
+pub(super) fn quiet_panics() {
     static ONCE: Once = Once::new();
     CATCHING.set(true);
     ONCE.call_once(|| {
@@ -86,7 +86,7 @@ fn live(world: &mut World) -> Checked {
 }
 
 /// Liveness: when the faults stop, every request is answered and every disk becomes a replica in sync.
-fn heal(world: &mut World) -> Checked {
+pub(super) fn heal(world: &mut World) -> Checked {
     for disk in &mut world.disks {
         (disk.gone, disk.full) = (false, false);
     }
@@ -159,7 +159,7 @@ fn offer_spares(world: &mut World) -> Checked {
 }
 
 /// Liveness: without writes every intent bit is cleared.
-fn settle(world: &mut World) -> Checked {
+pub(super) fn settle(world: &mut World) -> Checked {
     let limit = 20 * world.plan.intent_idle_ns + 120 * SECOND_NS;
     world.run_until(6 * SECOND_NS, |_| false)?; // what failed before is tried again
     let step = world.plan.intent_idle_ns / 2 + SECOND_NS / 10;
@@ -190,7 +190,7 @@ fn settle(world: &mut World) -> Checked {
 }
 
 /// After an orderly stop: everything is trusted, nothing is to be resynced, reads are right.
-fn begin_again(world: &mut World) -> Checked {
+pub(super) fn begin_again(world: &mut World) -> Checked {
     world.crash(false);
     let all: Vec<usize> = (0..world.disks.len()).collect();
     match world.assemble(&all) {

@@ -168,10 +168,13 @@ pub struct World {
     pub counts: Counts,
     /// Print what happens.
     pub verbose: bool,
+    /// Operations, ticks and clients wait to be chosen (`small`) instead of having their times. Changed only while
+    /// no daemon runs, or by [`World::leave_manual`].
+    pub manual: bool,
     queue: BinaryHeap<Reverse<(Nanos, u64, Wake)>>,
     next_wake: u64,
     /// Source of ids for requests, values and admin commands.
-    next_id: u64,
+    pub(super) next_id: u64,
     life: u64,
     last_tick: Nanos,
     ticks_now: u32,
@@ -208,6 +211,7 @@ impl World {
             disks_made: 0,
             counts: Counts::default(),
             verbose,
+            manual: false,
             queue: BinaryHeap::new(),
             next_wake: 0,
             next_id: 1,
@@ -242,6 +246,9 @@ impl World {
 
     /// Lets something happen after `delay_ns`.
     pub fn wake_in(&mut self, delay_ns: u64, wake: Wake) {
+        if self.manual {
+            return;
+        }
         self.next_wake += 1;
         self.queue.push(Reverse((self.now.plus(delay_ns), self.next_wake, wake)));
     }
@@ -367,6 +374,19 @@ impl World {
         }
         self.schedule_tick();
         Ok(())
+    }
+
+    /// Time goes on by itself again; no device operation is in flight.
+    ///
+    /// # Errors
+    /// A promise was broken.
+    pub(super) fn leave_manual(&mut self) -> Checked {
+        self.manual = false;
+        if let Some(daemon) = &mut self.daemon {
+            assert!(daemon.ops.is_empty());
+            daemon.tick_at = None;
+        }
+        self.deliver(Event::Tick)
     }
 
     fn refresh_sets(&mut self) {
