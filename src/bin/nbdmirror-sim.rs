@@ -1,19 +1,31 @@
-//! Runs simulated worlds by seed: `nbdmirror-sim --seeds N [--first S] [--threads T] [--bug NAME] [--verbose]`.
+//! The simulator's command: `nbdmirror-sim swarm --seeds N`, and one subcommand for each other way to simulate.
 //!
-//! Prints each failing seed with the command that replays it, and closes with `N passed, N failed`.
+//! A new way is a variant of [`Command`] with its arguments, and a line in [`main`]; what it does lives in
+//! `src/sim`. Flags without a subcommand are those of `swarm`. Exit codes: 0 all well, 1 something failed,
+//! 2 wrong arguments.
 
+use std::ffi::OsString;
 use std::process::ExitCode;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
 
-use clap::Parser;
+use clap::{Args, Parser, Subcommand};
 use nbdmirror::planted::{BUGS, Bug};
-use nbdmirror::sim::run::run_seed;
-use nbdmirror::sim::world::Counts;
+use nbdmirror::sim::swarm::{Swarm, available_threads};
 
 #[derive(Parser)]
 #[command(about = "Runs the mirror's core in simulated worlds and checks its promises")]
-struct Args {
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Worlds drawn from seeds, with faults of every kind.
+    Swarm(SwarmArgs),
+}
+
+#[derive(Args)]
+struct SwarmArgs {
     /// How many seeds to run.
     #[arg(long, default_value_t = 100)]
     seeds: u64,
@@ -21,11 +33,11 @@ struct Args {
     #[arg(long, default_value_t = 1)]
     first: u64,
     /// Threads (a world runs in one of them).
-    #[arg(long, default_value_t = 2)]
-    threads: u64,
+    #[arg(long, default_value_t = available_threads())]
+    threads: usize,
     /// Plant this bug in the core.
-    #[arg(long)]
-    bug: Option<String>,
+    #[arg(long, value_parser = bug_named)]
+    bug: Option<Bug>,
     /// Print everything that happens.
     #[arg(long)]
     verbose: bool,
@@ -35,49 +47,36 @@ struct Args {
 }
 
 fn main() -> ExitCode {
-    let args = Args::parse();
-    let bug = match args.bug.as_deref().map(bug_named).transpose() {
-        Ok(bug) => bug,
-        Err(text) => {
-            eprintln!("{text}");
-            return ExitCode::from(2);
-        }
+    let well = match Arguments::parse_from(with_subcommand(std::env::args_os())).command {
+        Command::Swarm(args) => swarm(&args),
     };
-    let next = AtomicU64::new(args.first);
-    let failed = AtomicU64::new(0);
-    let totals = Mutex::new(Counts::default());
+    ExitCode::from(u8::from(!well))
+}
+
+/// Flags without a subcommand are for `swarm`.
+fn with_subcommand(args: impl Iterator<Item = OsString>) -> Vec<OsString> {
+    let mut args: Vec<OsString> = args.collect();
+    let first = args.get(1).and_then(|first| first.to_str()).unwrap_or("--seeds=100");
+    if first.starts_with("--") && first != "--help" {
+        args.insert(1, "swarm".into());
+    }
+    args
+}
+
+fn swarm(args: &SwarmArgs) -> bool {
+    let swarm = Swarm { bug: args.bug, verbose: args.verbose, threads: args.threads };
     let end = args.first.saturating_add(args.seeds);
-    std::thread::scope(|scope| {
-        for _ in 0..args.threads.clamp(1, args.seeds.max(1)) {
-            scope.spawn(|| {
-                loop {
-                    let seed = next.fetch_add(1, Ordering::Relaxed);
-                    if seed >= end {
-                        return;
-                    }
-                    match run_seed(seed, bug, args.verbose) {
-                        Ok(counts) => {
-                            if let Ok(mut totals) = totals.lock() {
-                                totals.add(&counts);
-                            }
-                        }
-                        Err(why) => {
-                            if failed.fetch_add(1, Ordering::Relaxed) < args.show {
-                                println!("seed {seed} FAILED: {why}");
-                                println!("  replay: scripts/simulate --seeds 1 --first {seed} --verbose");
-                            }
-                        }
-                    }
-                }
-            });
+    let mut shown = 0;
+    let report = swarm.run(args.first..end, |seed, why| {
+        shown += 1;
+        if shown <= args.show {
+            println!("seed {seed} FAILED: {why}");
+            println!("  replay: scripts/simulate --seeds 1 --first {seed} --verbose");
         }
     });
-    if let Ok(totals) = totals.lock() {
-        println!("{totals}");
-    }
-    let failed = failed.into_inner();
-    println!("{} passed, {failed} failed", args.seeds - failed);
-    ExitCode::from(u8::from(failed > 0))
+    println!("{}", report.counts);
+    println!("{} passed, {} failed", report.passed, report.failed);
+    report.failed == 0
 }
 
 fn bug_named(name: &str) -> Result<Bug, String> {

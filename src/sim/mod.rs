@@ -3,7 +3,7 @@
 //! - `rng`, `plan`: chance, and what it decides for a seed.
 //! - `disk`: a disk with a volatile cache. `oracle`: what a read may return.
 //! - `world`: the event loop; `device`, `client`, `faults`, `boot`: what happens in it.
-//! - `promises`: one check a promise. `run`: a seed from create to stop.
+//! - `promises`: one check a promise. `run`: a seed from create to stop. `swarm`: many seeds.
 //!
 //! A new fault is one place (`faults.rs`, with its rate in `plan.rs`), a new promise is one place (`promises.rs`).
 
@@ -17,4 +17,5 @@ pub mod plan;
 pub mod promises;
 pub mod rng;
 pub mod run;
+pub mod swarm;
 pub mod world;
