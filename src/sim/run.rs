@@ -20,9 +20,7 @@ use super::world::{Checked, Counts, Violation, World, violated};
 /// # Errors
 /// The promise that was broken, or the panic's message.
 pub fn run_seed(seed: u64, bug: Option<Bug>, verbose: bool) -> Result<Counts, String> {
-    quiet_panics();
-    plant(bug);
-    let result = catch_unwind(AssertUnwindSafe(|| {
+    guarded(bug, || {
         let mut world = World::new(Plan::draw(seed), verbose);
         if verbose {
             println!("{:#?}", world.plan);
@@ -30,10 +28,26 @@ pub fn run_seed(seed: u64, bug: Option<Bug>, verbose: bool) -> Result<Counts, St
         let lived = live(&mut world);
         world.counts.virtual_ns = world.now.0;
         world.counts.beyond_repair = u64::from(world.beyond_repair);
-        lived.map(|()| world.counts).map_err(|Violation(what)| what)
-    }));
+        lived.map(|()| world.counts)
+    })
+}
+
+/// Runs `world` with `bug` planted; a panic in it is a broken promise too.
+///
+/// # Errors
+/// The promise that was broken, or the panic's message.
+pub(super) fn guarded<T>(
+    bug: Option<Bug>,
+    world: impl FnOnce() -> Result<T, Violation>,
+) -> Result<T, String> {
+    quiet_panics();
+    plant(bug);
+    let result = catch_unwind(AssertUnwindSafe(world));
     plant(None);
-    result.unwrap_or_else(|_| Err(format!("promise_11_panic: {}", PANIC.take())))
+    match result {
+        Ok(lived) => lived.map_err(|Violation(what)| what),
+        Err(_) => Err(format!("promise_11_panic: {}", PANIC.take())),
+    }
 }
 
 thread_local! {
@@ -42,7 +56,7 @@ thread_local! {
 }
 
 /// Panics in worlds are kept for the report and not printed.
-pub(super) fn quiet_panics() {
+fn quiet_panics() {
     static ONCE: Once = Once::new();
     CATCHING.set(true);
     ONCE.call_once(|| {
@@ -67,6 +81,14 @@ fn live(world: &mut World) -> Checked {
         world.beyond_repair
             || world.requests_left == 0 && world.daemon.as_ref().is_some_and(|d| d.requests.is_empty())
     })?;
+    finish(world)
+}
+
+/// The faults stop: everything heals and settles, an orderly stop leaves raw images, and it begins again.
+///
+/// # Errors
+/// The promise that was broken.
+pub(super) fn finish(world: &mut World) -> Checked {
     world.chaos = false;
     world.requests_left = 0;
     heal(world)?;
@@ -86,7 +108,7 @@ fn live(world: &mut World) -> Checked {
 }
 
 /// Liveness: when the faults stop, every request is answered and every disk becomes a replica in sync.
-pub(super) fn heal(world: &mut World) -> Checked {
+fn heal(world: &mut World) -> Checked {
     for disk in &mut world.disks {
         (disk.gone, disk.full) = (false, false);
     }
@@ -159,7 +181,7 @@ fn offer_spares(world: &mut World) -> Checked {
 }
 
 /// Liveness: without writes every intent bit is cleared.
-pub(super) fn settle(world: &mut World) -> Checked {
+fn settle(world: &mut World) -> Checked {
     let limit = 20 * world.plan.intent_idle_ns + 120 * SECOND_NS;
     world.run_until(6 * SECOND_NS, |_| false)?; // what failed before is tried again
     let step = world.plan.intent_idle_ns / 2 + SECOND_NS / 10;
@@ -190,7 +212,7 @@ pub(super) fn settle(world: &mut World) -> Checked {
 }
 
 /// After an orderly stop: everything is trusted, nothing is to be resynced, reads are right.
-pub(super) fn begin_again(world: &mut World) -> Checked {
+fn begin_again(world: &mut World) -> Checked {
     world.crash(false);
     let all: Vec<usize> = (0..world.disks.len()).collect();
     match world.assemble(&all) {
