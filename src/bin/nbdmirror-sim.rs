@@ -9,6 +9,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 use nbdmirror::planted::{BUGS, Bug};
+use nbdmirror::sim::small::{self, Figures, Limits, SmallWorld, WORLDS};
 use nbdmirror::sim::swarm::{Swarm, available_threads};
 
 #[derive(Parser)]
@@ -22,6 +23,8 @@ struct Arguments {
 enum Command {
     /// Worlds drawn from seeds, with faults of every kind.
     Swarm(SwarmArgs),
+    /// Small worlds in every order, crashed at every moment with every outcome.
+    Small(SmallArgs),
 }
 
 #[derive(Args)]
@@ -46,9 +49,41 @@ struct SwarmArgs {
     show: u64,
 }
 
+#[derive(Args)]
+struct SmallArgs {
+    /// This world only.
+    #[arg(long, value_parser = world_named)]
+    world: Option<&'static SmallWorld>,
+    /// Only the worlds of the quick run.
+    #[arg(long)]
+    quick: bool,
+    /// Replay these choices.
+    #[arg(long, requires = "world", value_delimiter = ',')]
+    choices: Option<Vec<u16>>,
+    /// After the choices: this crash, and its recovery.
+    #[arg(long, requires = "choices")]
+    crash: Option<u64>,
+    /// Threads.
+    #[arg(long, default_value_t = available_threads())]
+    threads: usize,
+    /// Plant this bug in the core.
+    #[arg(long, value_parser = bug_named)]
+    bug: Option<Bug>,
+    /// At most this many orders of a world.
+    #[arg(long, default_value_t = u64::MAX)]
+    orders_max: u64,
+    /// Print figures as JSON, one line a world.
+    #[arg(long)]
+    json: bool,
+    /// Print everything that happens (a replay does always).
+    #[arg(long)]
+    verbose: bool,
+}
+
 fn main() -> ExitCode {
     let well = match Arguments::parse_from(with_subcommand(std::env::args_os())).command {
         Command::Swarm(args) => swarm(&args),
+        Command::Small(args) => small(&args),
     };
     ExitCode::from(u8::from(!well))
 }
@@ -77,6 +112,41 @@ fn swarm(args: &SwarmArgs) -> bool {
     println!("{}", report.counts);
     println!("{} passed, {} failed", report.passed, report.failed);
     report.failed == 0
+}
+
+fn small(args: &SmallArgs) -> bool {
+    if let (Some(world), Some(choices)) = (args.world, &args.choices) {
+        return match small::replay(world, choices, args.crash, args.bug) {
+            Ok(()) => true,
+            Err(what) => {
+                println!("FAILED: {what}");
+                false
+            }
+        };
+    }
+    let chosen = |world: &&SmallWorld| match args.world {
+        Some(only) => only.name == world.name,
+        None => world.quick || !args.quick,
+    };
+    let (mut total, mut failed) = (Figures::default(), 0);
+    for world in WORLDS.iter().filter(chosen) {
+        let begun = std::time::Instant::now();
+        let (figures, failures) =
+            small::explore(world, args.bug, Limits { orders_max: args.orders_max }, args.threads);
+        println!("{:<16} {figures} ({:.1} s)", world.name, begun.elapsed().as_secs_f64());
+        failures.iter().for_each(|failure| println!("{failure}"));
+        failed += failures.len();
+        total.add(&figures);
+    }
+    println!("total: {total}; {failed} failed");
+    failed == 0
+}
+
+fn world_named(name: &str) -> Result<&'static SmallWorld, String> {
+    SmallWorld::named(name).ok_or_else(|| {
+        let names: Vec<&str> = WORLDS.iter().map(|world| world.name).collect();
+        format!("there is no world {name:?}; choose one of {}", names.join(", "))
+    })
 }
 
 fn bug_named(name: &str) -> Result<Bug, String> {

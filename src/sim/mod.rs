@@ -17,5 +17,6 @@ pub mod plan;
 pub mod promises;
 pub mod rng;
 pub mod run;
+pub mod small;
 pub mod swarm;
 pub mod world;
