@@ -11,6 +11,7 @@ use super::rng::Rng;
 use super::world::{Checked, Wake, World, violated};
 
 /// A client: where it likes to go, and how busy it is.
+#[derive(Clone)]
 pub struct Client {
     hot_spots: Vec<u64>,
     in_flight: usize,

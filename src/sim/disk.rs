@@ -16,6 +16,9 @@ use crate::units::{BLOCK_BYTES, ByteRange, SECTOR_BYTES};
 
 use super::rng::Rng;
 
+mod fork;
+pub use fork::ContentHash;
+
 const BLOCK: usize = BLOCK_BYTES as usize;
 const SECTOR: usize = SECTOR_BYTES as usize;
 const ALL_SECTORS: u8 = 0xff;
@@ -41,6 +44,7 @@ impl FlushMark {
     }
 }
 
+#[derive(Clone)]
 struct Version {
     write: u64,
     /// Sectors of the block that this write wrote and that are not durable in this version.
@@ -61,6 +65,7 @@ pub enum CutMode {
 }
 
 /// A simulated disk.
+#[derive(Clone)]
 pub struct Disk {
     bytes: u64,
     durable: Image,

@@ -12,7 +12,7 @@ use crate::units::{BLOCK_BYTES, MILLISECOND_NS, ReplicaSlot, SECOND_NS, SECTOR_B
 use super::device::{Kind, Op};
 use super::disk::CutMode;
 use super::rng::Rng;
-use super::world::{Checked, Wake, World, violated};
+use super::world::{Checked, FailNext, Wake, World, violated};
 
 /// A fault that strikes at its time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -148,6 +148,10 @@ impl World {
         if disk.gone {
             return Some(Errno::ENODEV);
         }
+        if self.script_says_no(op) {
+            return Some(Errno::EIO);
+        }
+        let disk = &self.disks[op.disk];
         if disk.full && op.writes() && op.range.offset < self.plan.volume_bytes {
             return Some(Errno::ENOSPC);
         }
@@ -168,6 +172,18 @@ impl World {
             Kind::ProbeHole => 0,
         };
         (self.chaos && aimed && self.rng.per_mille(per_mille)).then_some(Errno::EIO)
+    }
+
+    /// Whether a scripted fault waits for this operation; it strikes once.
+    fn script_says_no(&mut self, op: &Op) -> bool {
+        let kind = match op.kind {
+            Kind::Read(_) => FailNext::Read,
+            Kind::Write { .. } | Kind::Zero(_) => FailNext::Write,
+            Kind::Flush(_) => FailNext::Flush,
+            Kind::ProbeHole => return false,
+        };
+        let waits = self.next_fails.iter().position(|fail| *fail == (op.disk, kind));
+        waits.map(|at| self.next_fails.remove(at)).is_some()
     }
 
     /// The daemon dies, things happen to its disks, it starts again.

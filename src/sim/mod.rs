@@ -18,5 +18,6 @@ pub mod promises;
 pub mod rng;
 pub mod run;
 pub mod small;
+pub mod steps;
 pub mod swarm;
 pub mod world;

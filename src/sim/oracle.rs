@@ -24,6 +24,8 @@ use crate::units::{BLOCK_BYTES, ByteRange, SECTOR_BYTES};
 use super::disk::{Image, read_image};
 use super::rng::mix64;
 
+mod identity;
+
 const NEVER: u64 = u64::MAX;
 
 /// What a write puts into the volume: unique to the operation.

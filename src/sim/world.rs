@@ -9,9 +9,11 @@
 //!
 //! What must hold: everything that happens follows from the plan's seed; nothing iterates over hashes.
 
+use std::cell::RefCell;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 use std::fmt::Display;
+use std::rc::Rc;
 
 use crate::buffer::BufferPool;
 use crate::mirror::Mirror;
@@ -26,6 +28,8 @@ use super::oracle::Oracle;
 use super::plan::Plan;
 use super::promises::MetaView;
 use super::rng::Rng;
+
+mod fork;
 
 /// Far more events than any world needs.
 const EVENTS_MAX: u64 = 400_000;
@@ -59,10 +63,25 @@ pub enum Wake {
     Better(usize),
 }
 
+/// Which operation a scripted fault waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FailNext {
+    /// A read.
+    Read,
+    /// A write or zeroes.
+    Write,
+    /// A flush.
+    Flush,
+}
+
+/// Called after each step.
+pub type Watch = Rc<RefCell<dyn FnMut(&World) -> Checked>>;
+
 /// An operation's id, ordered.
 pub type OpKey = u64;
 
 /// A disk and what surrounds it.
+#[derive(Clone)]
 pub struct SimDisk {
     /// Its content.
     pub disk: Disk,
@@ -186,6 +205,10 @@ pub struct World {
     pub suspect: Option<usize>,
     /// Disks that were in sync when the daemon ended: one of them has to be there at the next start.
     pub holders: Vec<usize>,
+    /// Scripted faults: the next operation of this kind on this disk fails.
+    pub next_fails: Vec<(usize, FailNext)>,
+    /// Looks at the world after each step (forks are not watched).
+    pub watch: Option<Watch>,
 }
 
 impl World {
@@ -222,6 +245,8 @@ impl World {
             troubled: BTreeSet::new(),
             suspect: None,
             holders: vec![],
+            next_fails: vec![],
+            watch: None,
         }
     }
 
@@ -282,7 +307,19 @@ impl World {
         if self.counts.events > EVENTS_MAX {
             return violated("liveness", "there is no end of events");
         }
+        self.be_watched()?;
         Ok(true)
+    }
+
+    /// Lets the watcher look.
+    ///
+    /// # Errors
+    /// The watcher's.
+    pub fn be_watched(&self) -> Checked {
+        match &self.watch {
+            Some(watch) => (watch.borrow_mut())(self),
+            None => Ok(()),
+        }
     }
 
     /// A core that wants one tick after another without time going on would keep its thread busy.
