@@ -9,7 +9,8 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 use nbdmirror::planted::{BUGS, Bug};
-use nbdmirror::sim::small::{self, Figures, Limits, SmallWorld, WORLDS};
+use nbdmirror::sim::small::{self, CrashName, Figures, Limits, SmallWorld, WORLDS};
+use nbdmirror::sim::steps::fork::Outcome;
 use nbdmirror::sim::swarm::{Swarm, available_threads};
 
 #[derive(Parser)]
@@ -62,7 +63,10 @@ struct SmallArgs {
     choices: Option<Vec<u16>>,
     /// After the choices: this crash, and its recovery.
     #[arg(long, requires = "choices")]
-    crash: Option<u64>,
+    crash: Option<Outcome>,
+    /// With --crash: once the first reads are answered the power goes and this disk is lost.
+    #[arg(long, requires = "crash")]
+    lose: Option<usize>,
     /// Threads.
     #[arg(long, default_value_t = available_threads())]
     threads: usize,
@@ -72,6 +76,9 @@ struct SmallArgs {
     /// At most this many orders of a world.
     #[arg(long, default_value_t = u64::MAX)]
     orders_max: u64,
+    /// At most this many joint outcomes of a crash.
+    #[arg(long, default_value_t = u64::MAX)]
+    outcomes_max: u64,
     /// Print figures as JSON, one line a world.
     #[arg(long)]
     json: bool,
@@ -116,7 +123,8 @@ fn swarm(args: &SwarmArgs) -> bool {
 
 fn small(args: &SmallArgs) -> bool {
     if let (Some(world), Some(choices)) = (args.world, &args.choices) {
-        return match small::replay(world, choices, args.crash, args.bug) {
+        let crash = args.crash.map(|outcome| CrashName { outcome, lose: args.lose });
+        return match small::replay(world, choices, crash, args.bug) {
             Ok(()) => true,
             Err(what) => {
                 println!("FAILED: {what}");
@@ -131,8 +139,12 @@ fn small(args: &SmallArgs) -> bool {
     let (mut total, mut failed) = (Figures::default(), 0);
     for world in WORLDS.iter().filter(chosen) {
         let begun = std::time::Instant::now();
-        let (figures, failures) =
-            small::explore(world, args.bug, Limits { orders_max: args.orders_max }, args.threads);
+        let (figures, failures) = small::explore(
+            world,
+            args.bug,
+            Limits { orders_max: args.orders_max, outcomes_max: args.outcomes_max },
+            args.threads,
+        );
         println!("{:<16} {figures} ({:.1} s)", world.name, begun.elapsed().as_secs_f64());
         failures.iter().for_each(|failure| println!("{failure}"));
         failed += failures.len();

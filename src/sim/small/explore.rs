@@ -16,6 +16,7 @@ use crate::planted::Bug;
 use crate::sim::run::{finish, guarded};
 use crate::sim::world::{Checked, Violation};
 
+use super::crash::{CrashName, Crashes};
 use super::schedule::{Choice, Run};
 use super::worlds::SmallWorld;
 use super::{Failure, Figures, Limits};
@@ -33,7 +34,7 @@ pub(super) struct Exploration {
     busy: AtomicUsize,
     failures: Mutex<Vec<Failure>>,
     orders: AtomicU64,
-    pub(super) crashes: super::crash::Crashes,
+    pub(super) crashes: Crashes,
 }
 
 pub(super) fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -50,7 +51,7 @@ impl Exploration {
             busy: AtomicUsize::new(0),
             failures: Mutex::new(vec![]),
             orders: AtomicU64::new(0),
-            crashes: super::crash::Crashes::default(),
+            crashes: Crashes::default(),
         }
     }
 
@@ -99,7 +100,7 @@ impl Exploration {
     }
 
     /// `crash` is left at the crash that did not end well.
-    fn live(&self, replayed: usize, choices: &mut Choices, crash: &mut Option<u64>) -> Checked {
+    fn live(&self, replayed: usize, choices: &mut Choices, crash: &mut Option<CrashName>) -> Checked {
         let mut run = Run::new(self.row, false)?;
         for depth in 0.. {
             if depth >= replayed {

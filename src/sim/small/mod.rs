@@ -37,6 +37,7 @@ use std::fmt::{Display, Formatter};
 use crate::planted::Bug;
 
 use super::run::guarded;
+pub use crash::CrashName;
 use explore::Exploration;
 pub use worlds::{SmallWorld, WORLDS};
 
@@ -45,6 +46,8 @@ pub use worlds::{SmallWorld, WORLDS};
 pub struct Limits {
     /// At most this many runs of one world.
     pub orders_max: u64,
+    /// At most this many joint outcomes of one crash; where there are more they are drawn.
+    pub outcomes_max: u64,
 }
 
 /// What was done in one world.
@@ -72,14 +75,19 @@ pub struct Failure {
     /// Indexes of the choices taken.
     pub choices: Vec<u16>,
     /// The crash after the last of them, where the failure is in a recovery.
-    pub crash: Option<u64>,
+    pub crash: Option<CrashName>,
     /// The promise, and what happened.
     pub what: String,
 }
 
 /// Explores `row` with `threads` threads, with `bug` planted in the core. Stops soon after the first failure.
 #[must_use]
-pub fn explore(row: &'static SmallWorld, bug: Option<Bug>, limits: Limits, threads: usize) -> (Figures, Vec<Failure>) {
+pub fn explore(
+    row: &'static SmallWorld,
+    bug: Option<Bug>,
+    limits: Limits,
+    threads: usize,
+) -> (Figures, Vec<Failure>) {
     let exploration = Exploration::new(row, bug, limits);
     std::thread::scope(|scope| {
         for _ in 0..threads.max(1) {
@@ -93,7 +101,12 @@ pub fn explore(row: &'static SmallWorld, bug: Option<Bug>, limits: Limits, threa
 ///
 /// # Errors
 /// The promise that was broken, as before.
-pub fn replay(row: &'static SmallWorld, choices: &[u16], crash: Option<u64>, bug: Option<Bug>) -> Result<(), String> {
+pub fn replay(
+    row: &'static SmallWorld,
+    choices: &[u16],
+    crash: Option<CrashName>,
+    bug: Option<Bug>,
+) -> Result<(), String> {
     guarded(bug, || match crash {
         None => explore::replay_to_the_end(row, choices, true),
         Some(crash) => crash::replay(&explore::replay(row, choices, true)?, crash),
@@ -133,8 +146,8 @@ impl Display for Failure {
         writeln!(f, "world {} FAILED: {}", self.world, self.what)?;
         write!(f, "  replay: nbdmirror-sim small --world {} --choices {}", self.world, choices.join(","))?;
         match self.crash {
-            Some(crash) => write!(f, " --crash {crash} --verbose"),
-            None => write!(f, " --verbose"),
+            Some(crash) => write!(f, " {crash}"),
+            None => Ok(()),
         }
     }
 }

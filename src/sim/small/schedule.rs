@@ -64,7 +64,8 @@ impl Run {
     pub(super) fn new(row: &'static SmallWorld, verbose: bool) -> Result<Self, Violation> {
         let mut world = World::new(row.plan(), verbose);
         world.chaos = false;
-        let mut run = Self { row, world, sent: vec![0; row.clients.len()], ticks: 0, idle_ticks: 0, failed: false };
+        let mut run =
+            Self { row, world, sent: vec![0; row.clients.len()], ticks: 0, idle_ticks: 0, failed: false };
         run.world.create()?;
         run.world.disks.iter_mut().for_each(|disk| disk.traits.cheap_zero = true);
         run.world.manual = true;
