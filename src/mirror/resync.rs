@@ -282,11 +282,13 @@ impl Mirror {
         };
         let mut targets = stale;
         if unsynced {
-            // Resyncing ones as well: an earlier copy of theirs may have come from another source.
-            targets = self.active().difference(ReplicaSet::only(source));
+            // Resyncing ones as well: an earlier copy of theirs may have come from another source. And the source: a
+            // flush of it may have failed, and lost what it was to flush, just before a crash kept that from being
+            // recorded. It still reads right, but only a new write makes that durable.
+            targets = self.active();
         }
         if planted(Bug::ResyncWrongDirection)
-            && let Some(wrong) = targets.first()
+            && let Some(wrong) = targets.difference(ReplicaSet::only(source)).first()
         {
             targets.remove(wrong);
             targets.insert(source);

@@ -79,7 +79,7 @@ impl Op {
         }
     }
 
-    fn name(&self) -> String {
+    pub(super) fn name(&self) -> String {
         let (at, len) = (self.range.offset, self.range.len);
         match &self.kind {
             Kind::Read(_) => format!("read {at}+{len}"),
@@ -121,6 +121,9 @@ impl World {
         let life = daemon.life;
         if daemon.ops.insert(op_key(id), op).is_some() {
             return violated("protocol", format!("op {} is in flight already", id.0));
+        }
+        if self.manual {
+            return Ok(());
         }
         let (first, second) = self.latencies(disk);
         self.wake_in(first, Wake::Apply(life, op_key(id)));
@@ -223,7 +226,7 @@ impl World {
             }
             Kind::Zero(seq) => disk.apply_zero(*seq, op.range, |_| true),
             Kind::Flush(mark) => disk.flush(mark),
-            Kind::ProbeHole => return disk.is_hole(op.range) && self.rng.per_mille(900),
+            Kind::ProbeHole => return disk.is_hole(op.range) && (self.manual || self.rng.per_mille(900)),
         }
         false
     }

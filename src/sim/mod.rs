@@ -21,6 +21,7 @@ pub mod promises;
 pub mod recovery;
 pub mod rng;
 pub mod run;
+pub mod small;
 pub mod status_check;
 pub mod steps;
 pub mod swarm;

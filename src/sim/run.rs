@@ -38,8 +38,7 @@ impl Default for Options {
 /// # Errors
 /// The promise that was broken, or the panic's message.
 pub fn run_seed(seed: u64, options: Options) -> Result<Counts, String> {
-    plant(options.bug);
-    let result = guarded(|| {
+    with_bug(options.bug, || {
         let mut world = World::new(Plan::draw(seed), options.verbose);
         world.invariants = options.invariants;
         world.counts.worlds = 1;
@@ -50,12 +49,27 @@ pub fn run_seed(seed: u64, options: Options) -> Result<Counts, String> {
         world.counts.virtual_ns = world.now.0;
         world.counts.beyond_repair = u64::from(world.beyond_repair);
         lived.map(|()| world.counts)
-    });
+    })
+}
+
+/// Runs `part` with `bug` planted, guarded.
+///
+/// # Errors
+/// The promise that was broken, or the panic's message.
+pub(super) fn with_bug<T>(
+    bug: Option<Bug>,
+    part: impl FnOnce() -> Result<T, Violation>,
+) -> Result<T, String> {
+    plant(bug);
+    let result = guarded(part);
     plant(None);
     result
 }
 
-/// Runs `part`; a panic in it is a violation too.
+/// Runs `part`; a panic in it is a broken promise too. May be nested.
+///
+/// # Errors
+/// The promise that was broken, or the panic's message.
 pub(super) fn guarded<T>(part: impl FnOnce() -> Result<T, Violation>) -> Result<T, String> {
     quiet_panics();
     match catch_unwind(AssertUnwindSafe(part)) {
@@ -95,13 +109,16 @@ fn live(world: &mut World) -> Checked {
         world.beyond_repair
             || world.requests_left == 0 && world.daemon.as_ref().is_some_and(|d| d.requests.is_empty())
     })?;
-    world.chaos = false;
-    world.requests_left = 0;
     finish(world)
 }
 
-/// The faults are over: everything heals, drains, stops clean, is identical and starts again.
+/// The faults stop: everything heals and settles, an orderly stop leaves raw images, and it begins again.
+///
+/// # Errors
+/// The promise that was broken.
 pub(super) fn finish(world: &mut World) -> Checked {
+    world.chaos = false;
+    world.requests_left = 0;
     heal(world)?;
     if world.beyond_repair {
         return Ok(());

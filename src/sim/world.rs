@@ -182,10 +182,13 @@ pub struct World {
     pub verbose: bool,
     /// The core's own checks run beside the promises.
     pub invariants: bool,
+    /// Operations, ticks and clients wait to be chosen (`small`) instead of having their times. Changed only while
+    /// no daemon runs, or by [`World::leave_manual`].
+    pub manual: bool,
     queue: BinaryHeap<Reverse<(Nanos, u64, Wake)>>,
     next_wake: u64,
     /// Source of ids for requests, values and admin commands.
-    next_id: u64,
+    pub(super) next_id: u64,
     life: u64,
     last_tick: Nanos,
     ticks_now: u32,
@@ -233,6 +236,7 @@ impl World {
             counts: Counts::default(),
             verbose,
             invariants: true,
+            manual: false,
             queue: BinaryHeap::new(),
             next_wake: 0,
             next_id: 1,
@@ -272,6 +276,9 @@ impl World {
 
     /// Lets something happen after `delay_ns`.
     pub fn wake_in(&mut self, delay_ns: u64, wake: Wake) {
+        if self.manual {
+            return;
+        }
         self.next_wake += 1;
         self.queue.push(Reverse((self.now.plus(delay_ns), self.next_wake, wake)));
     }
@@ -413,6 +420,19 @@ impl World {
         }
         self.schedule_tick();
         Ok(())
+    }
+
+    /// Time goes on by itself again; no device operation is in flight.
+    ///
+    /// # Errors
+    /// A promise was broken.
+    pub(super) fn leave_manual(&mut self) -> Checked {
+        self.manual = false;
+        if let Some(daemon) = &mut self.daemon {
+            assert!(daemon.ops.is_empty());
+            daemon.tick_at = None;
+        }
+        self.deliver(Event::Tick)
     }
 
     fn refresh_sets(&mut self) {

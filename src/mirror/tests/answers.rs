@@ -101,3 +101,17 @@ fn a_sync_waits_for_reads_that_began_before_the_region_was_unsynced() {
     }
     assert!(world.same_data(0, 1));
 }
+
+#[test]
+fn a_sync_after_a_crash_writes_its_source_too() {
+    // The daemon before may have died between a flush of the source that failed (and lost what it was to flush)
+    // and its record: only a new write makes that durable.
+    let mut world = World::begin(half_written(), &[0, 1], AssembleOptions::default(), ReplicaSet::EMPTY);
+    world.drain();
+    let after = |slot: usize| {
+        let log: Vec<&str> =
+            world.log.iter().filter(|(s, _)| s.index() == slot).map(|(_, what)| &what[..]).collect();
+        log[log.len() - 2..].join(", ")
+    };
+    assert_eq!((&after(0)[..], &after(1)[..]), ("zero, flush", "zero, flush"));
+}

@@ -210,6 +210,26 @@ impl Landing {
 }
 
 impl CrashPoint {
+    /// A number that two crash points share only if the same worlds can come of them.
+    #[must_use]
+    pub fn identity(&self) -> u64 {
+        let mut after = self.base.without_daemon();
+        match self.crash {
+            Crash::PowerCut => after.oracle.power_cut(),
+            Crash::Kill => after.oracle.process_killed(),
+        }
+        let mut hash = ContentHash::new();
+        hash.number(self.crash as u64);
+        hash.number(after.identity());
+        for OpenWrite { disk, landing, .. } in &self.open {
+            let Some(Landing { range, data }) = landing else { continue };
+            [*disk as u64, range.offset, range.len].into_iter().for_each(|number| hash.number(number));
+            hash.number(u64::from(data.is_some()));
+            hash.bytes(data.as_deref().unwrap_or_default());
+        }
+        hash.finish()
+    }
+
     /// Number of open writes, on all disks together.
     #[must_use]
     pub fn open(&self) -> usize {

@@ -33,6 +33,7 @@ impl World {
             counts: Counts::default(),
             verbose: self.verbose,
             invariants: self.invariants,
+            manual: false,
             queue: BinaryHeap::new(),
             next_wake: self.next_wake,
             next_id: self.next_id,
