@@ -124,6 +124,7 @@ impl Mirror {
         self.meta.dirty = true;
         self.shrinking = true;
         self.abandon_ops(slot);
+        self.leave_jobs(slot);
         self.refresh_alignment();
         self.forget_unsynced_if_alone();
         self.work.push_back(Work::DetachIfIdle(slot));

@@ -446,6 +446,17 @@ impl Mirror {
         }
     }
 
+    /// The replica in `slot` leaves. Should it (or another one in its slot) be back before a job ends, what it has of
+    /// that job's region is not known.
+    pub(super) fn leave_jobs(&mut self, slot: ReplicaSlot) {
+        let keys: Vec<Key> = self.resync.active.values().copied().collect();
+        for key in keys {
+            let job = self.job_mut(key);
+            job.targets.remove(slot);
+            job.source = job.source.filter(|source| *source != slot);
+        }
+    }
+
     fn job_end(&mut self, key: Key, end: JobEnd) {
         let Some(Task::Job(job)) = self.tasks.remove(key) else { unreachable!("a job ends once") };
         self.resync.active.remove(&job.region);

@@ -3,6 +3,7 @@
 
 mod admin;
 mod answers;
+mod lives;
 mod membership;
 
 use nix::errno::Errno;

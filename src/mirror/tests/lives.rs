@@ -1,0 +1,43 @@
+//! What one life of a replica leaves to the next, and replicas that no flush can vouch for.
+
+use super::*;
+
+fn slot(index: usize) -> ReplicaSlot {
+    ReplicaSlot::new(index)
+}
+
+#[test]
+fn a_copy_that_a_replica_gave_up_is_not_counted_when_it_is_taken_back() {
+    let mut world = World::new(3);
+    for index in [1, 2] {
+        world.admin(AdminCommand::Fail(slot(index))).unwrap();
+    }
+    world.write(0, 4096, 1).unwrap();
+    // A write in flight keeps the region until both are coming back: one job copies it to both.
+    let request = world.write_request(0, 4096, 2);
+    world.send(request);
+    let others = |on: usize, request: &DeviceOp| !writes_data(request) || on != 0;
+    for index in [1, 2] {
+        let command = world.candidate(index, false);
+        world.send_admin(command);
+        world.drain_where(&others);
+    }
+    while !world.queue.iter().any(|(_, on, request)| on.index() == 1 && writes_data(request)) {
+        assert!(world.step());
+    }
+    assert!(world.queue.iter().any(|(_, on, request)| on.index() == 2 && writes_data(request)));
+    // Replica 1 gives its part up (it fails, late) and comes back, while replica 2's hangs.
+    world.fault = Box::new(|on, request| (on.index() == 1 && writes_data(request)).then_some(Errno::EIO));
+    world.send_admin(AdminCommand::Fail(slot(1)));
+    let others = |on: usize, request: &DeviceOp| !writes_data(request) || on != 2;
+    world.drain_where(&others);
+    world.fault = Box::new(|_, _| None);
+    let command = world.candidate(1, false);
+    world.send_admin(command);
+    world.drain_where(&others);
+    assert_eq!(world.state(1), ReplicaState::Resyncing);
+    world.drain();
+    world.wait(2 * SECOND_NS);
+    assert_eq!(world.state(1), ReplicaState::InSync);
+    assert!(world.same_data(0, 1));
+}
