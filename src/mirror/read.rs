@@ -105,7 +105,7 @@ impl Mirror {
             // Nothing is synced in a read-only volume: one fixed source answers.
             return ReplicaSet::only(self.source).intersection(self.in_sync);
         }
-        if planted(Bug::ReadStaleReplica) { self.active() } else { self.in_sync }
+        if planted(Bug::ReadStaleReplica) { self.active() } else { self.readable() }
     }
 
     fn read_next(&mut self, key: Key) {

@@ -264,7 +264,7 @@ impl Mirror {
     pub(super) fn job_granted(&mut self, key: Key) {
         let job = self.job_mut(key);
         let (region, unreadable, exclusive) = (job.region, job.unreadable, job.exclusive);
-        let sources = self.in_sync.difference(unreadable);
+        let sources = self.readable().difference(unreadable);
         let unsynced = exclusive && self.unsynced[region.index()];
         let stale: ReplicaSet =
             self.resyncing.iter().filter(|slot| self.maps.stale[slot.index()][region.index()]).collect();

@@ -2,8 +2,34 @@
 
 use super::*;
 
+fn is_flush(request: &DeviceOp) -> bool {
+    matches!(request, DeviceOp::Flush)
+}
+
 fn slot(index: usize) -> ReplicaSlot {
     ReplicaSlot::new(index)
+}
+
+/// Reads one byte while the operations that `pick` does not name hang.
+fn read_while(world: &mut World, offset: u64, pick: Pick<'_>) -> u8 {
+    let id = world.send(Request::Read { range: ByteRange::new(offset, 1) });
+    world.drain_where(pick);
+    world.reply_to(id).expect("answered").unwrap().unwrap().bytes()[0]
+}
+
+#[test]
+fn a_replica_whose_flush_failed_answers_no_reads_while_the_others_flush_is_under_way() {
+    let mut world = World::new(2);
+    world.write(0, 4096, 5).unwrap();
+    world.fault = Box::new(|on, request| (on.index() == 1 && is_flush(request)).then_some(Errno::EIO));
+    world.send(Request::Flush);
+    assert!(world.step_where(&|on, request| on == 1 && is_flush(request)));
+    world.images[1][..4096].fill(0); // what its cache lost
+    for _ in 0..20 {
+        assert_eq!(read_while(&mut world, 0, &|_, request| !is_flush(request)), 5);
+    }
+    world.drain();
+    assert_eq!(world.state(1), ReplicaState::Faulty);
 }
 
 #[test]
