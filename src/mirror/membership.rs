@@ -325,6 +325,7 @@ impl Mirror {
             return;
         }
         self.head.event_count = commit.event_count;
+        let mut joined = false;
         for slot in commit.joining.intersection(commit.ok).iter() {
             if self.stale_count[slot.index()] > 0 {
                 // A write failed on it while the commit was in flight: it is recorded as in sync and is not.
@@ -340,6 +341,14 @@ impl Mirror {
             replica.reason = None;
             let text = format!("{} is in sync", self.describe(slot));
             self.notice(NoticeLevel::Info, text);
+            joined = true;
+        }
+        if joined {
+            // Who was kept only because nobody better was there: what it lost may come to light at any time, and after a
+            // crash it could be the source.
+            for slot in self.in_sync.difference(self.readable()).iter() {
+                self.fail_on_error(slot, Errno::EIO, "an earlier flush failed");
+            }
         }
         for (slot, errno) in commit.failed {
             self.fail_on_error(slot, errno, "its superblock could not be written");

@@ -33,6 +33,32 @@ fn a_replica_whose_flush_failed_answers_no_reads_while_the_others_flush_is_under
 }
 
 #[test]
+fn a_replica_that_lost_a_flush_leaves_when_another_one_joins() {
+    let mut world = World::new(2);
+    world.admin(AdminCommand::Fail(slot(1))).unwrap();
+    world.write(0, 4096, 1).unwrap();
+    world.fault = Box::new(|on, request| (on.index() == 0 && is_flush(request)).then_some(Errno::EIO));
+    assert!(world.call(Request::Flush).is_err());
+    // Its page cache still has what its disk has not: the copy gets it.
+    world.add(1, false).unwrap();
+    for _ in 0..20 {
+        world.wait(SECOND_NS / 10);
+        if world.state(1) == ReplicaState::InSync {
+            break;
+        }
+    }
+    assert_eq!(world.state(1), ReplicaState::InSync);
+    assert_eq!(world.read(0, 1), [1]);
+    world.images[0][..4096].fill(0); // the pages are evicted
+    for _ in 0..20 {
+        assert_eq!(world.read(0, 1), [1]);
+    }
+    // Killed here, the next start must not sync from it either.
+    let mut world = World::open(world.crash(), &[0, 1], AssembleOptions::default());
+    assert_eq!(world.read(0, 1), [1]);
+}
+
+#[test]
 fn a_copy_that_a_replica_gave_up_is_not_counted_when_it_is_taken_back() {
     let mut world = World::new(3);
     for index in [1, 2] {
