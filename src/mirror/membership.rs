@@ -327,8 +327,8 @@ impl Mirror {
         self.head.event_count = commit.event_count;
         let mut joined = false;
         for slot in commit.joining.intersection(commit.ok).iter() {
-            if self.stale_count[slot.index()] > 0 {
-                // A write failed on it while the commit was in flight: it is recorded as in sync and is not.
+            if self.stale_count[slot.index()] > 0 || self.replica(slot).flush_failed {
+                // A write or flush failed on it while the commit was in flight: it is recorded as in sync and is not.
                 self.replica_mut(slot).member.state = MemberState::Resyncing;
                 self.begin_generation();
                 self.meta.dirty = true;
@@ -364,6 +364,7 @@ impl Mirror {
             self.stale_count[slot.index()] == 0
                 && self.pages.nothing_owed(*slot)
                 && !self.is_job_target(*slot)
+                && !self.replica(*slot).flush_failed
         };
         self.resyncing.iter().filter(ready).collect()
     }

@@ -10,6 +10,10 @@ fn slot(index: usize) -> ReplicaSlot {
     ReplicaSlot::new(index)
 }
 
+fn writes_meta(request: &DeviceOp) -> bool {
+    matches!(request, DeviceOp::Write { .. }) && !writes_data(request)
+}
+
 /// Reads one byte while the operations that `pick` does not name hang.
 fn read_while(world: &mut World, offset: u64, pick: Pick<'_>) -> u8 {
     let id = world.send(Request::Read { range: ByteRange::new(offset, 1) });
@@ -56,6 +60,33 @@ fn a_replica_that_lost_a_flush_leaves_when_another_one_joins() {
     // Killed here, the next start must not sync from it either.
     let mut world = World::open(world.crash(), &[0, 1], AssembleOptions::default());
     assert_eq!(world.read(0, 1), [1]);
+}
+
+#[test]
+fn a_replica_whose_flush_failed_does_not_join() {
+    let mut world = World::new(2);
+    world.admin(AdminCommand::Fail(slot(0))).unwrap();
+    world.write(0, 4096, 1).unwrap();
+    let joins = |request: &DeviceOp| {
+        superblock_in(request).is_some_and(|superblock| {
+            superblock.members[0].as_ref().is_some_and(|member| member.state == MemberState::InSync)
+        })
+    };
+    let command = world.candidate(0, false);
+    world.send_admin(command);
+    // The page without its last stale bit is under way; what it is told to flush now, it loses.
+    while world.mirror.stale_count[0] > 0 || world.queue.iter().all(|(_, _, r)| !writes_meta(r)) {
+        assert!(world.step());
+    }
+    assert!(!world.queue.iter().any(|(_, _, request)| joins(request)));
+    world.fault = Box::new(|on, request| (on.index() == 0 && is_flush(request)).then_some(Errno::EIO));
+    let id = world.send(Request::Flush);
+    assert!(world.step_where(&|on, request| on == 0 && is_flush(request)));
+    world.drain_where(&|_, request| !is_flush(request));
+    assert_ne!(world.state(0), ReplicaState::InSync);
+    world.drain();
+    assert!(world.reply_to(id).is_some_and(|reply| reply.is_ok()));
+    assert_eq!(world.state(0), ReplicaState::Faulty);
 }
 
 #[test]
