@@ -124,3 +124,35 @@ fn a_copy_that_a_replica_gave_up_is_not_counted_when_it_is_taken_back() {
     assert_eq!(world.state(1), ReplicaState::InSync);
     assert!(world.same_data(0, 1));
 }
+
+#[test]
+fn a_read_that_goes_on_elsewhere_waits_until_the_loss_of_its_replica_is_recorded() {
+    let at = 200_000;
+    let mut world = World::begin(
+        fresh_images(2),
+        &[0, 1],
+        AssembleOptions::default(),
+        ReplicaSet::only(slot(1)), // so that reads go to replica 0
+    );
+    world.drain();
+    world.write(at, 4096, 9).unwrap();
+    let id = world.send(Request::Read { range: ByteRange::new(at, 1) });
+    let reads = |request: &DeviceOp| matches!(request, DeviceOp::Read { .. });
+    world.fault = Box::new(|_, request| is_flush(request).then_some(Errno::EIO));
+    let flush = world.send(Request::Flush);
+    world.drain_where(&|_, request| !reads(request));
+    assert!(world.reply_to(flush).expect("answered").is_err());
+    world.images[1][at as usize..at as usize + 4096].fill(0); // what replica 1 lost; replica 0 did not
+    world.fault = Box::new(|_, _| None);
+    world.send_admin(AdminCommand::Fail(slot(0)));
+    world.drain_where(&|on, request| on == 1 && !writes_meta(request));
+    if let Some(reply) = world.reply_to(id) {
+        let early = reply.unwrap().unwrap().bytes().to_vec();
+        // The process dies here: both count as in sync, and replica 0 is the source.
+        let mut after = World::open(world.crash(), &[0, 1], AssembleOptions::default());
+        assert_eq!(early, after.read(at, 1));
+        return;
+    }
+    world.drain();
+    assert!(world.reply_to(id).expect("answered").is_ok());
+}
