@@ -4,6 +4,7 @@
 mod add;
 mod admin;
 mod answers;
+mod lives;
 mod membership;
 
 use nix::errno::Errno;
