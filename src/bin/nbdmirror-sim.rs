@@ -10,7 +10,10 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 use nbdmirror::planted::{BUGS, Bug};
 use nbdmirror::sim::small::{self, CrashName, Figures, Limits, SmallWorld, WORLDS};
+use nbdmirror::sim::steps;
+use nbdmirror::sim::steps::explore::{Address, Settings};
 use nbdmirror::sim::steps::fork::Outcome;
+use nbdmirror::sim::steps::scenarios::{self, SCENARIOS, Scenario};
 use nbdmirror::sim::swarm::{Swarm, available_threads};
 
 #[derive(Parser)]
@@ -24,6 +27,8 @@ struct Arguments {
 enum Command {
     /// Worlds drawn from seeds, with faults of every kind.
     Swarm(SwarmArgs),
+    /// Named scenarios, crashed after every event, and their recoveries crashed again.
+    Steps(StepsArgs),
     /// Small worlds in every order, crashed at every moment with every outcome.
     Small(SmallArgs),
 }
@@ -48,6 +53,37 @@ struct SwarmArgs {
     /// Print at most this many failures.
     #[arg(long, default_value_t = 20)]
     show: u64,
+}
+
+#[derive(Args)]
+struct StepsArgs {
+    /// Only this scenario (without: all).
+    #[arg(long, value_parser = scenario_named)]
+    scenario: Option<&'static Scenario>,
+    /// Joint outcomes at a crash point of a scenario: all where there are no more, else so many.
+    #[arg(long, default_value_t = 32)]
+    cap: u64,
+    /// The same at a crash point of a recovery; 0: recoveries are not crashed.
+    #[arg(long, default_value_t = 4)]
+    cap2: u64,
+    /// Shifts latencies and samples.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Threads.
+    #[arg(long, default_value_t = available_threads())]
+    threads: usize,
+    /// Plant this bug in the core.
+    #[arg(long, value_parser = bug_named)]
+    bug: Option<Bug>,
+    /// Crash at this place only, like 12/p5/30/knone, and print what happens then; empty: the scenario itself.
+    #[arg(long, requires = "scenario")]
+    at: Option<Address>,
+    /// Print the report as JSON.
+    #[arg(long)]
+    json: bool,
+    /// Print at most this many failures of a scenario.
+    #[arg(long, default_value_t = 3)]
+    show: usize,
 }
 
 #[derive(Args)]
@@ -90,6 +126,7 @@ struct SmallArgs {
 fn main() -> ExitCode {
     let well = match Arguments::parse_from(with_subcommand(std::env::args_os())).command {
         Command::Swarm(args) => swarm(&args),
+        Command::Steps(args) => steps(&args),
         Command::Small(args) => small(&args),
     };
     ExitCode::from(u8::from(!well))
@@ -119,6 +156,42 @@ fn swarm(args: &SwarmArgs) -> bool {
     println!("{}", report.counts);
     println!("{} passed, {} failed", report.passed, report.failed);
     report.failed == 0
+}
+
+fn steps(args: &StepsArgs) -> bool {
+    let StepsArgs { cap, cap2, seed, bug, show, .. } = *args;
+    let settings = Settings { cap, cap2, seed, bug, failures_max: show };
+    let report = match (args.scenario, &args.at) {
+        (Some(scenario), Some(at)) => steps::run_at(scenario, settings, at.clone()),
+        (Some(scenario), None) => steps::run(&[scenario], settings, args.threads),
+        (None, _) => steps::run(&SCENARIOS.iter().collect::<Vec<_>>(), settings, args.threads),
+    };
+    if args.json {
+        match serde_json::to_string(&report) {
+            Ok(json) => println!("{json}"),
+            Err(error) => eprintln!("cannot print the report: {error}"),
+        }
+        return report.failed == 0;
+    }
+    for failure in report.scenarios.iter().flat_map(|row| row.failures.iter().take(show)) {
+        println!("{} FAILED at {:?}: {}", failure.scenario, failure.at, failure.why);
+        println!(
+            "  replay: nbdmirror-sim steps --scenario {} --seed {seed} --at '{}'",
+            failure.scenario, failure.at
+        );
+    }
+    if args.at.is_none() {
+        print!("{}", report.table());
+    }
+    println!("{} recoveries, {} failed", report.total.recoveries, report.failed);
+    report.failed == 0
+}
+
+fn scenario_named(name: &str) -> Result<&'static Scenario, String> {
+    scenarios::named(name).ok_or_else(|| {
+        let names: Vec<&str> = SCENARIOS.iter().map(|scenario| scenario.name).collect();
+        format!("there is no scenario {name:?}; choose one of {}", names.join(", "))
+    })
 }
 
 fn small(args: &SmallArgs) -> bool {

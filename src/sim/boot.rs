@@ -57,7 +57,8 @@ impl World {
         Ok(())
     }
 
-    fn add_disk(&mut self, bytes: u64, io_align: u32, slow_factor: u64) {
+    /// Another blank disk.
+    pub(super) fn add_disk(&mut self, bytes: u64, io_align: u32, slow_factor: u64) {
         let mut disk = Disk::new(bytes);
         disk.set_meta_from(bytes - Layout::metadata_bytes(self.regions()));
         let path = format!("disk-{}", self.next_disk());
@@ -90,7 +91,8 @@ impl World {
         assert_eq!(self.disks.len(), last);
     }
 
-    fn created(&mut self) -> Result<Created, Violation> {
+    /// The metadata of a new volume on all disks.
+    pub(super) fn created(&mut self) -> Result<Created, Violation> {
         let replicas = self
             .disks
             .iter()

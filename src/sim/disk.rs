@@ -75,6 +75,8 @@ pub struct Disk {
     open: BTreeSet<u64>,
     meta_from: u64,
     meta_epoch: u64,
+    /// Grows with every change of content, cached or durable.
+    changes: u64,
     /// Sectors (by block) that a failed flush lost, with the newest write that was lost; of this life of the daemon.
     lost: BTreeMap<u64, (u8, u64)>,
 }
@@ -93,6 +95,7 @@ impl Disk {
             open: BTreeSet::new(),
             meta_from: bytes,
             meta_epoch: 0,
+            changes: 0,
             lost: BTreeMap::new(),
         }
     }
@@ -119,6 +122,7 @@ impl Disk {
     pub fn begin_write(&mut self) -> WriteSeq {
         let write = self.next_write;
         self.next_write += 1;
+        self.changes += 1;
         self.open.insert(write);
         WriteSeq(write)
     }
@@ -182,6 +186,7 @@ impl Disk {
             Some(content) => self.cached.insert(block, Rc::clone(content)),
             None => self.cached.remove(&block),
         };
+        self.changes += 1;
         self.history.entry(block).or_default().push(Version { write: write.0, sectors, content });
     }
 
@@ -230,6 +235,7 @@ impl Disk {
     fn settle(&mut self, chosen: impl Fn(u64) -> bool, keep: bool) {
         let (durable, meta_from, lost) = (&mut self.durable, self.meta_from, &mut self.lost);
         let mut meta_changed = false;
+        self.changes += 1;
         self.history.retain(|block, versions| {
             for at in 0..versions.len() {
                 if !chosen(versions[at].write) {

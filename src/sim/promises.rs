@@ -365,12 +365,11 @@ impl World {
 fn same_bytes(a: &Op, b: &Op) -> bool {
     let start = a.range.offset.max(b.range.offset);
     let end = a.range.end().min(b.range.end());
-    (start..end).all(|at| byte_of(a, at) == byte_of(b, at))
-}
-
-fn byte_of(op: &Op, at: u64) -> u8 {
-    match &op.kind {
-        Kind::Write { data, .. } => data[(at - op.range.offset) as usize],
-        _ => 0,
+    let part = |op: &Op| (start - op.range.offset) as usize..(end - op.range.offset) as usize;
+    match (&a.kind, &b.kind) {
+        (Kind::Write { data: x, .. }, Kind::Write { data: y, .. }) => x[part(a)] == y[part(b)],
+        (Kind::Write { data, .. }, _) => data[part(a)].iter().all(|byte| *byte == 0),
+        (_, Kind::Write { data, .. }) => data[part(b)].iter().all(|byte| *byte == 0),
+        _ => true,
     }
 }

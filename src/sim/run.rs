@@ -20,7 +20,8 @@ use super::world::{Checked, Counts, Violation, World, violated};
 /// # Errors
 /// The promise that was broken, or the panic's message.
 pub fn run_seed(seed: u64, bug: Option<Bug>, verbose: bool) -> Result<Counts, String> {
-    guarded(bug, || {
+    plant(bug);
+    let result = guarded(|| {
         let mut world = World::new(Plan::draw(seed), verbose);
         if verbose {
             println!("{:#?}", world.plan);
@@ -29,23 +30,16 @@ pub fn run_seed(seed: u64, bug: Option<Bug>, verbose: bool) -> Result<Counts, St
         world.counts.virtual_ns = world.now.0;
         world.counts.beyond_repair = u64::from(world.beyond_repair);
         lived.map(|()| world.counts)
-    })
+    });
+    plant(None);
+    result
 }
 
-/// Runs `world` with `bug` planted; a panic in it is a broken promise too.
-///
-/// # Errors
-/// The promise that was broken, or the panic's message.
-pub(super) fn guarded<T>(
-    bug: Option<Bug>,
-    world: impl FnOnce() -> Result<T, Violation>,
-) -> Result<T, String> {
+/// Runs `part`; a panic in it is a violation too.
+pub(super) fn guarded<T>(part: impl FnOnce() -> Result<T, Violation>) -> Result<T, String> {
     quiet_panics();
-    plant(bug);
-    let result = catch_unwind(AssertUnwindSafe(world));
-    plant(None);
-    match result {
-        Ok(lived) => lived.map_err(|Violation(what)| what),
+    match catch_unwind(AssertUnwindSafe(part)) {
+        Ok(result) => result.map_err(|Violation(what)| what),
         Err(_) => Err(format!("promise_11_panic: {}", PANIC.take())),
     }
 }
@@ -81,16 +75,13 @@ fn live(world: &mut World) -> Checked {
         world.beyond_repair
             || world.requests_left == 0 && world.daemon.as_ref().is_some_and(|d| d.requests.is_empty())
     })?;
+    world.chaos = false;
+    world.requests_left = 0;
     finish(world)
 }
 
-/// The faults stop: everything heals and settles, an orderly stop leaves raw images, and it begins again.
-///
-/// # Errors
-/// The promise that was broken.
+/// The faults are over: everything heals, drains, stops clean, is identical and starts again.
 pub(super) fn finish(world: &mut World) -> Checked {
-    world.chaos = false;
-    world.requests_left = 0;
     heal(world)?;
     if world.beyond_repair {
         return Ok(());
@@ -108,7 +99,7 @@ pub(super) fn finish(world: &mut World) -> Checked {
 }
 
 /// Liveness: when the faults stop, every request is answered and every disk becomes a replica in sync.
-fn heal(world: &mut World) -> Checked {
+pub(super) fn heal(world: &mut World) -> Checked {
     for disk in &mut world.disks {
         (disk.gone, disk.full) = (false, false);
     }

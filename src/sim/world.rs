@@ -30,6 +30,7 @@ use super::promises::MetaView;
 use super::rng::Rng;
 
 mod fork;
+pub use fork::CrashEpoch;
 
 /// Far more events than any world needs.
 const EVENTS_MAX: u64 = 400_000;

@@ -102,6 +102,12 @@ impl Disk {
         self.meta_epoch += 1;
     }
 
+    /// Grows with every change of content, cached or durable.
+    #[must_use]
+    pub fn changes(&self) -> u64 {
+        self.changes
+    }
+
     /// The sectors (by index within the disk) from `offset` on in which `data` (`None`: zeroes) differs from what
     /// reads see now; `len` bytes.
     #[must_use]

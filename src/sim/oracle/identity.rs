@@ -4,6 +4,12 @@ use super::{Cell, NEVER, Oracle};
 use crate::sim::disk::ContentHash;
 
 impl Oracle {
+    /// Grows with everything that the oracle is told.
+    #[must_use]
+    pub fn clock(&self) -> u64 {
+        self.clock
+    }
+
     /// Adds to `hash` what later answers depend on. Only meaningful when the daemon is dead: times then matter only
     /// as far as flushes are concerned.
     pub fn add_identity(&self, hash: &mut ContentHash) {

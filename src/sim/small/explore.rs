@@ -12,7 +12,7 @@
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::planted::Bug;
+use crate::planted::{Bug, plant};
 use crate::sim::run::{finish, guarded};
 use crate::sim::world::{Checked, Violation};
 
@@ -92,7 +92,7 @@ impl Exploration {
     fn explore(&self, prefix: Choices) {
         let mut choices = prefix.clone();
         let mut crash = None;
-        let lived = guarded(self.bug, || self.live(prefix.len(), &mut choices, &mut crash));
+        let lived = with_bug(self.bug, || self.live(prefix.len(), &mut choices, &mut crash));
         self.orders.fetch_add(1, Ordering::Relaxed);
         if let Err(what) = lived {
             locked(&self.failures).push(Failure { world: self.row.name, choices, crash, what });
@@ -123,6 +123,17 @@ impl Exploration {
         }
         end_well(run)
     }
+}
+
+/// Runs `part` with `bug` planted in this thread; a panic is a violation too.
+pub(super) fn with_bug<T>(
+    bug: Option<Bug>,
+    part: impl FnOnce() -> Result<T, Violation>,
+) -> Result<T, String> {
+    plant(bug);
+    let result = guarded(part);
+    plant(None);
+    result
 }
 
 /// The end of a run without a crash: the tail of checks.

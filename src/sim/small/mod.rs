@@ -36,7 +36,6 @@ use std::fmt::{Display, Formatter};
 
 use crate::planted::Bug;
 
-use super::run::guarded;
 pub use crash::CrashName;
 use explore::Exploration;
 pub use worlds::{SmallWorld, WORLDS};
@@ -108,7 +107,7 @@ pub fn replay(
     bug: Option<Bug>,
     verbose: bool,
 ) -> Result<(), String> {
-    guarded(bug, || match crash {
+    explore::with_bug(bug, || match crash {
         None => explore::replay_to_the_end(row, choices, verbose),
         Some(crash) => crash::replay(&explore::replay(row, choices, verbose)?, crash),
     })

@@ -4,6 +4,8 @@ use std::collections::{BTreeSet, BinaryHeap};
 
 use super::{Counts, World};
 use crate::sim::promises::MetaView;
+use crate::sim::rng::Rng;
+use crate::units::{Nanos, SECOND_NS};
 
 impl World {
     /// Everything but the daemon and what was to happen: as if it had died just now and nobody had touched the disks.
@@ -45,4 +47,43 @@ impl World {
             watch: None,
         }
     }
+
+    /// Gives time, chance and ids that depend on `seed` and on `depth` (how many crashes came before) and on nothing
+    /// else, so that equal worlds go on equally, whatever led to them.
+    ///
+    /// # Panics
+    /// Where the world is older than a depth may last.
+    pub fn begin_depth(&mut self, seed: u64, depth: u64) {
+        let begin = Nanos(depth * 100_000 * SECOND_NS);
+        assert!(self.daemon.is_none() && self.now <= begin && self.next_id < depth * 1_000_000);
+        (self.now, self.last_tick) = (begin, begin);
+        self.next_id = depth * 1_000_000;
+        self.rng = Rng::new(seed ^ depth << 48);
+    }
+
+    /// Whether no daemon ever ran, here or in the world that this is a copy of.
+    #[must_use]
+    pub fn never_started(&self) -> bool {
+        self.life == 0
+    }
+
+    /// A number that changes whenever a crash might leave something else than before.
+    #[must_use]
+    pub fn crash_epoch(&self) -> CrashEpoch {
+        let changes = self.disks.iter().map(|disk| disk.disk.changes()).sum();
+        let ops = self.daemon.iter().flat_map(|daemon| daemon.ops.values());
+        let waiting = ops.filter(|op| op.writes() && op.result.is_none()).count();
+        let gone = self.disks.iter().map(|disk| disk.gone).collect();
+        CrashEpoch { changes, clock: self.oracle.clock(), waiting, in_sync: self.in_sync_disks(), gone }
+    }
+}
+
+/// What a crash depends on, in short.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CrashEpoch {
+    changes: u64,
+    clock: u64,
+    waiting: usize,
+    in_sync: Vec<usize>,
+    gone: Vec<bool>,
 }
