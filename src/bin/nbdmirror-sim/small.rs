@@ -30,15 +30,15 @@ pub(crate) struct SmallArgs {
     #[arg(long, value_parser = Bug::named)]
     bug: Option<Bug>,
     /// At most this many orders of a world.
-    #[arg(long, default_value_t = u64::MAX)]
+    #[arg(long, default_value_t = u64::MAX, hide_default_value = true)]
     orders_max: u64,
     /// At most this many joint outcomes of a crash.
-    #[arg(long, default_value_t = u64::MAX)]
+    #[arg(long, default_value_t = u64::MAX, hide_default_value = true)]
     outcomes_max: u64,
     /// Print figures as JSON, one line a world.
     #[arg(long)]
     json: bool,
-    /// Print everything that happens (a replay does always).
+    /// Print everything that happens in a replay.
     #[arg(long)]
     verbose: bool,
 }
@@ -47,7 +47,7 @@ pub(crate) struct SmallArgs {
 pub(crate) fn run(args: &SmallArgs) -> bool {
     if let (Some(world), Some(choices)) = (args.world, &args.choices) {
         let crash = args.crash.map(|outcome| CrashName { outcome, lose: args.lose });
-        return match small::replay(world, choices, crash, args.bug) {
+        return match small::replay(world, choices, crash, args.bug, args.verbose) {
             Ok(()) => true,
             Err(what) => {
                 println!("FAILED: {what}");
@@ -68,12 +68,21 @@ pub(crate) fn run(args: &SmallArgs) -> bool {
             Limits { orders_max: args.orders_max, outcomes_max: args.outcomes_max },
             args.threads,
         );
-        println!("{:<16} {figures} ({:.1} s)", world.name, begun.elapsed().as_secs_f64());
+        let seconds = begun.elapsed().as_secs_f64();
+        if args.json {
+            println!("{}", figures.json(world.name));
+        } else {
+            println!("{:<16} {figures} ({seconds:.1} s)", world.name);
+        }
         failures.iter().for_each(|failure| println!("{failure}"));
         failed += failures.len();
         total.add(&figures);
     }
-    println!("total: {total}; {failed} failed");
+    if args.json {
+        println!("{}", total.json("total"));
+    } else {
+        println!("total: {total}; {failed} failed");
+    }
     failed == 0
 }
 

@@ -97,19 +97,20 @@ pub fn explore(
     exploration.results()
 }
 
-/// Replays one failure, printing everything that happens.
+/// Replays one failure; `verbose` prints everything that happens.
 ///
 /// # Errors
-/// The promise that was broken, as before.
+/// The promise that was broken, as before; or `replay: ...` where there is no such choice.
 pub fn replay(
     row: &'static SmallWorld,
     choices: &[u16],
     crash: Option<CrashName>,
     bug: Option<Bug>,
+    verbose: bool,
 ) -> Result<(), String> {
     with_bug(bug, || match crash {
-        None => explore::replay_to_the_end(row, choices, true),
-        Some(crash) => crash::replay(&explore::replay(row, choices, true)?, crash),
+        None => explore::replay_to_the_end(row, choices, verbose),
+        Some(crash) => crash::replay(&explore::replay(row, choices, verbose)?, crash),
     })
 }
 
@@ -122,6 +123,16 @@ impl Figures {
         self.outcomes += other.outcomes;
         self.recoveries += other.recoveries;
         self.cut_off |= other.cut_off;
+    }
+
+    /// One JSON object, for reports.
+    #[must_use]
+    pub fn json(&self, world: &str) -> String {
+        let Self { orders, crash_points, distinct_points, outcomes, recoveries, cut_off } = self;
+        format!(
+            "{{\"world\":\"{world}\",\"orders\":{orders},\"crash_points\":{crash_points},\"distinct_points\":\
+             {distinct_points},\"joint_outcomes\":{outcomes},\"recoveries\":{recoveries},\"cut_off\":{cut_off}}}"
+        )
     }
 }
 
@@ -146,8 +157,8 @@ impl Display for Failure {
         writeln!(f, "world {} FAILED: {}", self.world, self.what)?;
         write!(f, "  replay: nbdmirror-sim small --world {} --choices {}", self.world, choices.join(","))?;
         match self.crash {
-            Some(crash) => write!(f, " {crash}"),
-            None => Ok(()),
+            Some(crash) => write!(f, " {crash} --verbose"),
+            None => write!(f, " --verbose"),
         }
     }
 }

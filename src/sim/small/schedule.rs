@@ -75,6 +75,10 @@ impl Run {
             Setup::Opening => run.world.start(&[0, 1])?,
             Setup::HalfWritten(side) => run.half_written(side)?,
             Setup::Returned => run.returned()?,
+            Setup::Alone => {
+                run.world.disks[1].gone = true;
+                run.open(&[0])?;
+            }
         }
         run.world.trace(|| "HERE THE CHOICES BEGIN".to_owned());
         Ok(run)

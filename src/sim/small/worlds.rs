@@ -53,6 +53,8 @@ pub enum Setup {
     HalfWritten(usize),
     /// The second replica missed a write to block A; it is there again, the volume is open, the resync begins.
     Returned,
+    /// The second replica is gone; the first is served alone, until the end, where the second one returns.
+    Alone,
 }
 
 /// One small world.
@@ -120,7 +122,7 @@ pub const WORLDS: &[SmallWorld] = &[
         clients: &[&[write(BLOCK_A)], &[write(BLOCK_C)]],
         ticks: 1,
         fault: false,
-        quick: true,
+        quick: false,
     },
     SmallWorld {
         name: "twice",
@@ -138,7 +140,7 @@ pub const WORLDS: &[SmallWorld] = &[
         clients: &[&[write(BLOCK_A), FLUSH], &[write(BLOCK_B)]],
         ticks: 0,
         fault: false,
-        quick: true,
+        quick: false,
     },
     SmallWorld {
         name: "fua",
@@ -157,6 +159,15 @@ pub const WORLDS: &[SmallWorld] = &[
         ticks: 1,
         fault: false,
         quick: true,
+    },
+    SmallWorld {
+        name: "write-flush",
+        about: "a write and a flush beside it, then another flush",
+        setup: Setup::Fresh,
+        clients: &[&[write(BLOCK_A)], &[FLUSH, FLUSH]],
+        ticks: 0,
+        fault: false,
+        quick: false,
     },
     SmallWorld {
         name: "trim",
@@ -201,7 +212,7 @@ pub const WORLDS: &[SmallWorld] = &[
         clients: &[&[write(BLOCK_A), FLUSH, write(BLOCK_A)]],
         ticks: 1,
         fault: true,
-        quick: true,
+        quick: false,
     },
     SmallWorld {
         name: "fault-clear",
@@ -219,7 +230,7 @@ pub const WORLDS: &[SmallWorld] = &[
         clients: &[&[write(BLOCK_A)], &[write(BLOCK_A)]],
         ticks: 0,
         fault: false,
-        quick: true,
+        quick: false,
     },
     SmallWorld {
         name: "opening-fault",
@@ -237,6 +248,15 @@ pub const WORLDS: &[SmallWorld] = &[
         clients: &[&[write(BLOCK_A)], &[read(BLOCK_A)]],
         ticks: 0,
         fault: false,
+        quick: false,
+    },
+    SmallWorld {
+        name: "returned-write",
+        about: "one write during the resync of a replica that missed one",
+        setup: Setup::Returned,
+        clients: &[&[write(BLOCK_A)]],
+        ticks: 0,
+        fault: false,
         quick: true,
     },
     SmallWorld {
@@ -247,6 +267,33 @@ pub const WORLDS: &[SmallWorld] = &[
         ticks: 0,
         fault: true,
         quick: false,
+    },
+    SmallWorld {
+        name: "returned-read",
+        about: "two reads during the resync of a replica that missed a write",
+        setup: Setup::Returned,
+        clients: &[&[read(BLOCK_A)], &[read(BLOCK_A)]],
+        ticks: 0,
+        fault: false,
+        quick: false,
+    },
+    SmallWorld {
+        name: "alone",
+        about: "a write and two flushes on the only replica; any one operation fails",
+        setup: Setup::Alone,
+        clients: &[&[write(BLOCK_A), FLUSH, FLUSH]],
+        ticks: 0,
+        fault: true,
+        quick: true,
+    },
+    SmallWorld {
+        name: "alone-read",
+        about: "a write and a read on the only replica; any one operation fails",
+        setup: Setup::Alone,
+        clients: &[&[write(BLOCK_A)], &[read(BLOCK_A)]],
+        ticks: 0,
+        fault: true,
+        quick: true,
     },
     SmallWorld {
         name: "unsynced-first",
@@ -318,7 +365,8 @@ impl SmallWorld {
             latency_ns: 100_000,
             slow_factor: 1,
             write_mostly: 0,
-            within_model: true,
+            // A fault of the only replica is beyond the model: errors are legal, wrong data never.
+            within_model: !(self.fault && self.setup == Setup::Alone),
             faults: FaultRates { flush_loses: true, ..FaultRates::default() },
             intent_idle_ns: 50 * MILLISECOND_NS,
             resync_jobs_max: 2,
