@@ -99,7 +99,8 @@ fn every_target_is_built_and_has_a_corpus_of_its_own() {
 
 #[test]
 fn the_kept_corpus_stays_small() {
-    let all: Vec<PathBuf> = TARGETS.iter().flat_map(|(name, _)| files(&folder("corpus").join(name))).collect();
+    let all: Vec<PathBuf> =
+        TARGETS.iter().flat_map(|(name, _)| files(&folder("corpus").join(name))).collect();
     let bytes: u64 = all.iter().map(|file| fs::metadata(file).unwrap().len()).sum();
     assert!(all.len() <= CORPUS_FILES_MAX && bytes <= CORPUS_BYTES_MAX, "{} files, {bytes} bytes", all.len());
 }
