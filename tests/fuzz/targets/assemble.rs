@@ -381,6 +381,9 @@ fn opens(assembly: Assembly, found: &[Found], read_only: bool) {
     mirror.handle(Nanos(1), Event::Tick, &mut actions);
     mirror.check_invariants();
     for done in 0..OPENING_OPS_MAX {
+        if mirror.is_open() {
+            return;
+        }
         let Some(at) = actions.iter().position(|action| matches!(action, Action::Device { .. })) else {
             break;
         };

@@ -111,6 +111,6 @@ impl Register {
 
 /// The value that a sector is filled with; `None` where it is not filled with one.
 pub fn value_of(sector: &[u8]) -> Option<u16> {
-    let value = u16::from_le_bytes([sector[0], sector[1]]);
-    sector.chunks_exact(2).all(|pair| pair == value.to_le_bytes()).then_some(value)
+    // Each pair of bytes is the one before it: one comparison of memory, which an instrumented loop is not.
+    (sector[2..] == sector[..sector.len() - 2]).then(|| u16::from_le_bytes([sector[0], sector[1]]))
 }
