@@ -156,3 +156,39 @@ fn a_read_that_goes_on_elsewhere_waits_until_the_loss_of_its_replica_is_recorded
     world.drain();
     assert!(world.reply_to(id).expect("answered").is_ok());
 }
+
+#[test]
+fn a_stale_bit_is_durable_before_the_ack_though_an_older_commit_of_its_page_ends_late() {
+    let mut world = World::new(2);
+    let is_page = |request: &DeviceOp| writes_meta(request) && superblock_in(request).is_none();
+    let advance = |world: &mut World, ns: u64| {
+        let end = world.now.plus(ns);
+        while let Some(at) = world.mirror.next_deadline().filter(|at| *at <= end) {
+            world.now = world.now.max(at);
+            world.handle(Event::Tick);
+            world.drain_where(&|_, request| !is_page(request));
+        }
+        world.now = world.now.max(end);
+    };
+    world.write(100_000, 4096, 1).unwrap();
+    world.wait(4 * SECOND_NS);
+    world.write(0, 4096, 1).unwrap();
+    // The commit that clears the first region hangs; meanwhile the second one is cleared in memory.
+    advance(&mut world, 5 * SECOND_NS);
+    assert!(world.queue.iter().any(|(_, _, request)| is_page(request)));
+    assert!(!world.mirror.maps.intent.any());
+    world.send_admin(AdminCommand::Fail(slot(1)));
+    world.drain_where(&|_, request| !is_page(request));
+    assert!(world.answers.pop().expect("answered").is_ok());
+    let request = world.write_request(0, 4096, 2);
+    world.send(request);
+    // The old commit ends, and the next one hangs.
+    assert!(world.step_where(&|on, request| on == 0 && is_page(request)));
+    let request = world.write_request(8192, 4096, 3);
+    let id = world.send(request);
+    world.drain_where(&|_, request| !is_page(request));
+    let acked = world.reply_to(id).is_some();
+    assert!(!acked || found_on(&world.images[0], "r0").unwrap().maps.stale[1][0]);
+    world.drain();
+    assert!(acked || world.reply_to(id).is_some_and(|reply| reply.is_ok()));
+}
