@@ -15,7 +15,7 @@ use nix::errno::Errno;
 
 use super::data_plane::DataPlane;
 use super::device::{DeviceKind, ReplicaDevice};
-use super::device_io::{DeviceIo, Step};
+use super::device_io::{DeviceIo, Step, Target};
 use super::operation::Operation;
 use crate::mirror::event::{DeviceOp, DeviceOutput, OpId};
 use crate::units::{REPLICAS_MAX, ReplicaSlot};
@@ -108,7 +108,11 @@ impl DataPlane {
             return;
         }
         attached.in_flight += 1;
-        let target = (attached.device.raw_fd(), attached.device.traits.io_align);
+        let target = Target {
+            fd: attached.device.raw_fd(),
+            io_align: attached.device.traits.io_align,
+            keeps_dsync: attached.device.keeps_dsync,
+        };
         let at_once = attached.device.in_memory;
         let io = DeviceIo::new((op, slot), target, request, &self.zeroes);
         if at_once && io.is_small(AT_ONCE_BYTES_MAX) {

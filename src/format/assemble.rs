@@ -141,7 +141,7 @@ pub fn assemble(found: &[Found], options: AssembleOptions) -> Result<Assembly, A
     roles.demote_accused(found)?;
     let forced = roles.in_sync.is_empty();
     if forced {
-        if !options.force {
+        if !options.force && !planted(Bug::ForceNotNeeded) {
             return Err(refuse::none_in_sync(found, head, roles.missing));
         }
         roles.force_best(found, head);
@@ -327,6 +327,10 @@ impl Roles {
             if self.full.contains(slot) || (forced && self.missing.contains(slot)) {
                 stale.fill(true);
             } else if self.resync.contains(slot) || self.missing.contains(slot) {
+                if planted(Bug::StaleMapForgotten) {
+                    stale.fill(false);
+                    continue;
+                }
                 // A crash may fall between a replica's loss and the commit of the stale bits for what was dirty
                 // then; all of that is dirty still.
                 unite(stale, &maps.intent);

@@ -37,6 +37,7 @@ impl Mirror {
     /// A client reads.
     pub(super) fn start_read(&mut self, id: RequestId, range: ByteRange) {
         if range.is_empty() {
+            self.counters.reads += 1;
             self.reply(id, Ok(None));
             return;
         }

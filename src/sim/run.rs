@@ -12,30 +12,64 @@ use crate::mirror::status::Health;
 use crate::planted::{Bug, plant};
 use crate::units::SECOND_NS;
 
+use super::counts::Counts;
 use super::plan::Plan;
-use super::world::{Checked, Counts, Violation, World, violated};
+use super::world::{Checked, Violation, World, violated};
 
-/// Runs the world of `seed`, with `bug` planted in the core.
+/// How a seed is run.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// The bug planted in the core.
+    pub bug: Option<Bug>,
+    /// Print everything that happens.
+    pub verbose: bool,
+    /// The core's own `check_invariants` runs beside the promises' checks.
+    pub invariants: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { bug: None, verbose: false, invariants: true }
+    }
+}
+
+/// Runs the world of `seed`.
 ///
 /// # Errors
 /// The promise that was broken, or the panic's message.
-pub fn run_seed(seed: u64, bug: Option<Bug>, verbose: bool) -> Result<Counts, String> {
-    plant(bug);
-    let result = guarded(|| {
-        let mut world = World::new(Plan::draw(seed), verbose);
-        if verbose {
+pub fn run_seed(seed: u64, options: Options) -> Result<Counts, String> {
+    with_bug(options.bug, || {
+        let mut world = World::new(Plan::draw(seed), options.verbose);
+        world.invariants = options.invariants;
+        world.counts.worlds = 1;
+        if options.verbose {
             println!("{:#?}", world.plan);
         }
         let lived = live(&mut world);
         world.counts.virtual_ns = world.now.0;
         world.counts.beyond_repair = u64::from(world.beyond_repair);
         lived.map(|()| world.counts)
-    });
+    })
+}
+
+/// Runs `part` with `bug` planted, guarded.
+///
+/// # Errors
+/// The promise that was broken, or the panic's message.
+pub(super) fn with_bug<T>(
+    bug: Option<Bug>,
+    part: impl FnOnce() -> Result<T, Violation>,
+) -> Result<T, String> {
+    plant(bug);
+    let result = guarded(part);
     plant(None);
     result
 }
 
-/// Runs `part`; a panic in it is a violation too.
+/// Runs `part`; a panic in it is a broken promise too. May be nested.
+///
+/// # Errors
+/// The promise that was broken, or the panic's message.
 pub(super) fn guarded<T>(part: impl FnOnce() -> Result<T, Violation>) -> Result<T, String> {
     quiet_panics();
     match catch_unwind(AssertUnwindSafe(part)) {
@@ -75,13 +109,16 @@ fn live(world: &mut World) -> Checked {
         world.beyond_repair
             || world.requests_left == 0 && world.daemon.as_ref().is_some_and(|d| d.requests.is_empty())
     })?;
-    world.chaos = false;
-    world.requests_left = 0;
     finish(world)
 }
 
-/// The faults are over: everything heals, drains, stops clean, is identical and starts again.
+/// The faults stop: everything heals and settles, an orderly stop leaves raw images, and it begins again.
+///
+/// # Errors
+/// The promise that was broken.
 pub(super) fn finish(world: &mut World) -> Checked {
+    world.chaos = false;
+    world.requests_left = 0;
     heal(world)?;
     if world.beyond_repair {
         return Ok(());
@@ -102,6 +139,7 @@ pub(super) fn finish(world: &mut World) -> Checked {
 pub(super) fn heal(world: &mut World) -> Checked {
     for disk in &mut world.disks {
         (disk.gone, disk.full) = (false, false);
+        (disk.slow_until, disk.stuck_until) = (world.now, world.now);
     }
     let regions = world.regions().count();
     let slow = world.plan.latency_ns * world.plan.slow_factor;

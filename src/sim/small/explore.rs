@@ -12,8 +12,8 @@
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::planted::{Bug, plant};
-use crate::sim::run::{finish, guarded};
+use crate::planted::Bug;
+use crate::sim::run::{finish, with_bug};
 use crate::sim::world::{Checked, Violation};
 
 use super::crash::{CrashName, Crashes};
@@ -123,17 +123,6 @@ impl Exploration {
         }
         end_well(run)
     }
-}
-
-/// Runs `part` with `bug` planted in this thread; a panic is a violation too.
-pub(super) fn with_bug<T>(
-    bug: Option<Bug>,
-    part: impl FnOnce() -> Result<T, Violation>,
-) -> Result<T, String> {
-    plant(bug);
-    let result = guarded(part);
-    plant(None);
-    result
 }
 
 /// The end of a run without a crash: the tail of checks.

@@ -36,6 +36,7 @@ use std::fmt::{Display, Formatter};
 
 use crate::planted::Bug;
 
+use super::run::with_bug;
 pub use crash::CrashName;
 use explore::Exploration;
 pub use worlds::{SmallWorld, WORLDS};
@@ -107,7 +108,7 @@ pub fn replay(
     bug: Option<Bug>,
     verbose: bool,
 ) -> Result<(), String> {
-    explore::with_bug(bug, || match crash {
+    with_bug(bug, || match crash {
         None => explore::replay_to_the_end(row, choices, verbose),
         Some(crash) => crash::replay(&explore::replay(row, choices, verbose)?, crash),
     })

@@ -11,6 +11,7 @@
 use nix::errno::Errno;
 
 use crate::mirror::event::Event;
+use crate::sim::counts::FaultKind;
 use crate::sim::device::Kind;
 use crate::sim::world::{Checked, OpKey, Violation, World, violated};
 
@@ -231,7 +232,12 @@ impl Run {
         op.result = Some(Err(Errno::EIO));
         let lone = in_sync.iter().all(|disk| *disk == op.disk);
         self.world.excused |= lone;
-        self.world.counts.faults += 1;
+        let kind = match &op.kind {
+            Kind::Read(_) | Kind::ProbeHole => FaultKind::ReadError,
+            Kind::Write { .. } | Kind::Zero(_) => FaultKind::WriteError,
+            Kind::Flush(_) => FaultKind::FlushError,
+        };
+        self.world.counts.fault(kind);
         let disk = &mut self.world.disks[op.disk].disk;
         if failure == Failure::Clean {
             return;

@@ -360,9 +360,11 @@ impl SmallWorld {
                 len_max: BLOCK_BYTES,
                 hot_spots: 0,
                 whole: 0,
+                hostile: 0,
             },
             latency_ns: 100_000,
             slow_factor: 1,
+            write_mostly: 0,
             // A fault of the only replica is beyond the model: errors are legal, wrong data never.
             within_model: !(self.fault && self.setup == Setup::Alone),
             faults: FaultRates { flush_loses: true, ..FaultRates::default() },
