@@ -221,6 +221,7 @@ impl Mirror {
                 self.admin.stop = Some((id, StopStage::Flushing));
                 if planted(Bug::StopWithoutFlush) {
                     self.stop_flushed(true);
+                    self.work.push_back(Work::Pump);
                     return;
                 }
                 self.request_flush(self.active(), FlushOwner::Stop);

@@ -264,7 +264,7 @@ impl Mirror {
     pub(super) fn job_granted(&mut self, key: Key) {
         let job = self.job_mut(key);
         let (region, unreadable, exclusive) = (job.region, job.unreadable, job.exclusive);
-        let sources = self.in_sync.difference(unreadable);
+        let sources = self.readable().difference(unreadable);
         let unsynced = exclusive && self.unsynced[region.index()];
         let stale: ReplicaSet =
             self.resyncing.iter().filter(|slot| self.maps.stale[slot.index()][region.index()]).collect();
@@ -445,6 +445,17 @@ impl Mirror {
         let keys: Vec<Key> = self.resync.active.values().copied().collect();
         for key in keys {
             self.job_mut(key).spoiled = true;
+        }
+    }
+
+    /// The replica in `slot` leaves. Should it (or another one in its slot) be back before a job ends, what it has of
+    /// that job's region is not known.
+    pub(super) fn leave_jobs(&mut self, slot: ReplicaSlot) {
+        let keys: Vec<Key> = self.resync.active.values().copied().collect();
+        for key in keys {
+            let job = self.job_mut(key);
+            job.targets.remove(slot);
+            job.source = job.source.filter(|source| *source != slot);
         }
     }
 

@@ -193,7 +193,7 @@ impl Mirror {
     fn read_edge(&mut self, key: Key, index: usize) {
         let edge = &self.write_task(key).edges[index];
         let (block, tried) = (edge.block, edge.tried);
-        let candidates = self.in_sync.difference(tried);
+        let candidates = self.readable().difference(tried);
         if candidates.is_empty() {
             let task = self.write_task(key);
             task.edge_error = true;

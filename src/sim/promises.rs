@@ -4,15 +4,17 @@
 //! |---|---|
 //! | 1 intent before data | when a data write is submitted |
 //! | 2 failure before ack | when a write is answered |
-//! | 3 one order | when an operation is submitted |
-//! | 4 clean means clean | whenever durable metadata or the set of in-sync replicas changes |
+//! | 3 one order | when an operation is submitted; no buffer changes in flight (`device.rs`) |
+//! | 4 clean means clean | whenever durable metadata or the set of in-sync replicas changes; after each stop (`run.rs`) |
 //! | 5 one answer | when a read is answered (`oracle.rs`) |
-//! | 6 never the last | after each step; and no request fails while a replica is well (`client.rs`) |
-//! | 7 idempotent recovery | by crashes at any time (`faults.rs`) and all the others |
-//! | 8 no silent rollback | by split brains and old copies (`faults.rs`) |
+//! | 6 never the last | after each step; no durable superblock is without one in sync; no request fails while a replica is well (`client.rs`) |
+//! | 7 idempotent recovery | what a crash now would leave (`recovery.rs`), also during recovery and resync; what is written comes from a client or an in-sync replica |
+//! | 8 no silent rollback | each start: stale maps, bytes (`recovery.rs`), stale replicas alone, splits, old copies, other volumes (`faults.rs`, `boot.rs`) |
 //! | 9 a flush is a flush | when a flush or a FUA write is answered |
-//! | 10 the data is yours | after each orderly stop |
-//! | 11 | nothing panics (`run.rs`) |
+//! | 10 the data is yours | after each create and orderly stop; no operation crosses the end of the data (`device.rs`) |
+//! | 11 bad input | when a wrong request is sent (`client.rs`); nothing panics (`run.rs`) |
+//!
+//! Besides: the status is true (`status_check.rs`), and after the faults everything heals within a bound (`run.rs`).
 
 use std::io;
 

@@ -76,6 +76,17 @@ fn a_read_only_volume_writes_nothing_and_keeps_its_source_when_that_is_gone() {
 }
 
 #[test]
+fn a_read_only_volume_counts_what_a_stale_replica_missed() {
+    // Found by fuzzing (tests/fuzz/crashes/assemble-read-only-stale-count): the count stayed 0.
+    let degraded = AssembleOptions { degraded: true, ..AssembleOptions::default() };
+    let mut world = World::open(fresh_images(2), &[0], degraded);
+    world.write(AT, 1, 1).unwrap();
+    let read_only = AssembleOptions { read_only: true, ..AssembleOptions::default() };
+    let world = World::begin(world.crash(), &[0, 1], read_only, ReplicaSet::EMPTY);
+    assert_eq!(world.mirror.stale_count[1], 1);
+}
+
+#[test]
 fn a_sync_waits_for_reads_that_began_before_the_region_was_unsynced() {
     let mut world = World::new(2);
     let at = 196_608;
