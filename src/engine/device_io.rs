@@ -42,6 +42,9 @@ pub(super) struct Target {
     pub io_align: u32,
     /// `RWF_DSYNC` does what it says here; else a durable write is followed by a flush.
     pub keeps_dsync: bool,
+    /// Writes stand in the kernel's memory until they are written back: a failed `RWF_DSYNC` write may have been told of,
+    /// and have used up, the error of an earlier one.
+    pub written_back: bool,
 }
 
 /// An operation of the core in flight.
@@ -53,6 +56,8 @@ pub(super) struct DeviceIo {
     fd: RawFd,
     io_align: u64,
     retries: u32,
+    /// If this fails other writes may be lost, and no later flush would say so.
+    answers_for_others: bool,
     work: Work,
 }
 
@@ -94,7 +99,7 @@ impl DeviceIo {
     /// `zeroes` is a buffer of [`ZEROES_BYTES`] zeroes.
     pub(super) fn new(
         (op, slot): (OpId, ReplicaSlot),
-        Target { fd, io_align, keeps_dsync }: Target,
+        Target { fd, io_align, keeps_dsync, written_back }: Target,
         request: DeviceOp,
         zeroes: &SharedBuffer,
     ) -> Self {
@@ -118,7 +123,8 @@ impl DeviceIo {
             DeviceOp::Flush => Work::Flush,
             DeviceOp::ProbeHole { .. } => unreachable!("answered without the ring"),
         };
-        let io = Self { op, slot, fd, io_align: u64::from(io_align), retries: 0, work };
+        let answers_for_others = written_back && matches!(work, Work::Write { durable: Durable::Itself, .. });
+        let io = Self { op, slot, fd, io_align: u64::from(io_align), retries: 0, answers_for_others, work };
         debug_assert!(io.is_aligned());
         io
     }
@@ -200,6 +206,21 @@ impl DeviceIo {
         if result < 0 { -Errno::last_raw() } else { result as i32 }
     }
 
+    /// Whether other writes may be lost if it fails with `result`, unheard of by the next flush: Linux reports a failed
+    /// write-back once to each open file, and a disk forgets what a failed flush was to flush.
+    pub(super) fn may_lose_others(&self, result: i32) -> bool {
+        let errno = Errno::from_raw(-result);
+        let tried_again = matches!(errno, Errno::EINTR | Errno::EAGAIN);
+        // Without room the write itself was refused; a flush promises nothing of the kind.
+        let refused = matches!(errno, Errno::ENOSPC | Errno::EDQUOT | Errno::EFBIG) && !self.is_flush();
+        self.answers_for_others && result < 0 && !tried_again && !refused
+    }
+
+    /// Whether it is, or has come to, a flush.
+    pub(super) fn is_flush(&self) -> bool {
+        matches!(self.work, Work::Flush)
+    }
+
     /// Takes the kernel's result.
     pub(super) fn advance(mut self, result: i32) -> Step {
         if result < 0 {
@@ -221,6 +242,7 @@ impl DeviceIo {
         if reached == len {
             if matches!(self.work, Work::Write { durable: Durable::ByFlush, .. }) {
                 self.work = Work::Flush;
+                self.answers_for_others = true;
                 return Step::Again(self);
             }
             return self.ended();
@@ -287,7 +309,7 @@ mod tests {
     use crate::units::ReplicaOffset;
 
     fn io(request: DeviceOp) -> DeviceIo {
-        io_to(Target { fd: -1, io_align: 512, keeps_dsync: true }, request)
+        io_to(Target { fd: -1, io_align: 512, keeps_dsync: true, written_back: true }, request)
     }
 
     fn io_to(target: Target, request: DeviceOp) -> DeviceIo {
@@ -329,12 +351,29 @@ mod tests {
     }
 
     #[test]
+    fn a_failed_durable_write_may_lose_others_where_writes_are_written_back() {
+        let durable = |written_back, keeps_dsync| {
+            let data = Payload { buffer: BufferPool::new(0).take(512).share(), start: 0, len: 512 };
+            let target = Target { fd: -1, io_align: 512, keeps_dsync, written_back };
+            io_to(target, DeviceOp::Write { offset: ReplicaOffset(0), data, durable: true })
+        };
+        assert!(durable(true, true).may_lose_others(-libc::EIO));
+        assert!(!durable(true, true).may_lose_others(-libc::ENOSPC), "refused before anything was written");
+        assert!(!durable(true, true).may_lose_others(-libc::EINTR), "is tried again");
+        assert!(!durable(true, true).may_lose_others(512));
+        assert!(!durable(false, true).may_lose_others(-libc::EIO), "direct: nobody else's writes");
+        let by_flush = durable(false, false);
+        assert!(!by_flush.may_lose_others(-libc::EIO), "no flush was tried yet");
+        assert!(again(by_flush.advance(512)).may_lose_others(-libc::ENOSPC));
+    }
+
+    #[test]
     fn a_durable_write_is_flushed_where_dsync_is_not_kept() {
         let durable = |keeps_dsync| {
             let buffer = BufferPool::new(0).take(4096).share();
             let data = Payload { buffer, start: 0, len: 4096 };
             let request = DeviceOp::Write { offset: ReplicaOffset(0), data, durable: true };
-            io_to(Target { fd: -1, io_align: 512, keeps_dsync }, request)
+            io_to(Target { fd: -1, io_align: 512, keeps_dsync, written_back: true }, request)
         };
         assert!(matches!(ended(durable(true).advance(4096)), Ok(DeviceOutput::Done)));
         let rest = again(durable(false).advance(512));
