@@ -1,7 +1,7 @@
 //! Assembly from arbitrary replicas: a volume with a history of commits, spoilt, with checksums that are right.
 //!
 //! What must hold:
-//! - A replica that a found one, not older than it, records as not in sync, or whose misses a trusted replica has in its
+//! - A replica that one with the newest commit records as not in sync, or whose misses a trusted replica has in its
 //!   stale map, is never a source (but by `--force`, which is said).
 //! - Intent and stale bits of trusted replicas are never dropped, and what is dirty is stale on whoever is behind.
 //! - The roles are those of the head's members, each once; the source is in sync.
@@ -277,19 +277,21 @@ fn check_sources(assembly: &Assembly, found: &[Found]) {
         let source = of_slot(assembly, found, slot).expect("it was found");
         let uuid = source.superblock.own_entry().map(|own| own.uuid);
         for other in found {
-            // Whoever has a later commit of this history, or the same one.
-            let kin = other.superblock.generation == source.superblock.generation
-                || other.superblock.parents.contains(&source.superblock.generation);
+            // Who has the newest commit: older accounts may come from before the replica joined.
+            let newest = other.superblock.event_count == assembly.head.event_count
+                && other.superblock.generation == assembly.head.generation;
             let entry =
                 other.superblock.members[slot.index()].as_ref().filter(|entry| Some(entry.uuid) == uuid);
-            let later = other.superblock.event_count >= source.superblock.event_count;
-            if let Some(entry) = entry.filter(|_| kin && later) {
+            if newest {
+                let entry = entry.expect("a source is a member by the newest account");
                 assert_eq!(
                     entry.state,
                     MemberState::InSync,
-                    "replica {slot} is behind by the account of {}",
+                    "{slot} is behind by the account of {}",
                     other.path
                 );
+                // A crash may fall between two replicas' writes of one commit, and between no more.
+                assert!(source.superblock.event_count + 1 >= entry.event_count, "{slot} is an old copy");
             }
         }
         for witness in assembly.in_sync.iter().filter_map(|slot| of_slot(assembly, found, slot)) {

@@ -160,7 +160,7 @@ fn check(export: &Arc<Export>, stopping: bool, stream: &[u8], (out, taken, end):
         }
         End::Close(_) => assert!(answered + 1 >= options.len()),
         End::NeedMore | End::Transmission(_) => {
-            assert_eq!(answered, options.len(), "an option without an answer")
+            assert_eq!(answered, options.len(), "an option without an answer");
         }
     }
 }

@@ -39,7 +39,7 @@ pub const TARGETS: [Target; 10] = [
 ];
 
 /// Plants the bug that `NBDMIRROR_FUZZ_BUG` names, once a thread: to see that a target notices.
-#[cfg(feature = "planted")]
+#[cfg(feature = "sim")]
 pub fn plant_bug() {
     use nbdmirror::planted::{BUGS, plant};
     thread_local! {
@@ -54,5 +54,5 @@ pub fn plant_bug() {
 }
 
 /// No bug can be planted in this build.
-#[cfg(not(feature = "planted"))]
+#[cfg(not(feature = "sim"))]
 pub fn plant_bug() {}

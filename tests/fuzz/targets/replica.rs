@@ -70,7 +70,7 @@ fn spoil(input: &mut Input<'_>, stand: &mut Stand, superblock: &Superblock) {
             stand.unreadable.push(1 + input.below(blocks));
         }
         5 => {
-            stand.device_bytes = (stand.device_bytes + 4096 * u64::from(input.u8() % 4)).saturating_sub(4096)
+            stand.device_bytes = (stand.device_bytes + 4096 * u64::from(input.u8() % 4)).saturating_sub(4096);
         }
         kind => {
             let sector = input.index(stand.pages.len() / 512);

@@ -64,7 +64,7 @@ fn check_limits(superblock: &Superblock) {
     assert!(regions.region_bytes.is_power_of_two());
     assert!((REGION_BYTES_MIN..=REGION_BYTES_MAX).contains(&regions.region_bytes));
     assert!((1..=VOLUME_BYTES_MAX / 4096).contains(&(regions.volume_bytes / 4096)));
-    assert!(regions.volume_bytes % 4096 == 0 && superblock.device_bytes % 4096 == 0);
+    assert!(regions.volume_bytes.is_multiple_of(4096) && superblock.device_bytes.is_multiple_of(4096));
     let layout = Layout { regions, device_bytes: superblock.device_bytes };
     let pages_at = layout.page_offset(0).0;
     assert!(pages_at >= regions.volume_bytes, "metadata stands in the data");

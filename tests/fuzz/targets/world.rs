@@ -250,7 +250,7 @@ impl World {
             }
             DeviceOp::Write { offset, data, .. } => {
                 let copy = data.bytes().to_vec();
-                assert!(data.bytes().as_ptr() as u64 % align == 0, "memory is not aligned");
+                assert!((data.bytes().as_ptr() as u64).is_multiple_of(align), "memory is not aligned");
                 (ByteRange::new(offset.0, data.len as u64), align, Kind::Write { payload: data, copy })
             }
             DeviceOp::Zero { offset, len, .. } => (ByteRange::new(offset.0, len), 4096, Kind::Zero),
