@@ -117,11 +117,20 @@ fn live(world: &mut World) -> Checked {
 /// # Errors
 /// The promise that was broken.
 pub(super) fn finish(world: &mut World) -> Checked {
+    if stop_well(world)? { begin_again(world) } else { Ok(()) }
+}
+
+/// The faults stop: everything heals and settles, an orderly stop leaves raw images. False: more was lost before than
+/// what could begin again.
+///
+/// # Errors
+/// The promise that was broken.
+pub(super) fn stop_well(world: &mut World) -> Result<bool, Violation> {
     world.chaos = false;
     world.requests_left = 0;
     heal(world)?;
     if world.beyond_repair {
-        return Ok(());
+        return Ok(false);
     }
     settle(world)?;
     let Some(clean) = world.stop()? else { return violated("liveness", "the daemon died of a stop") };
@@ -130,9 +139,9 @@ pub(super) fn finish(world: &mut World) -> Checked {
     }
     world.promise_10_the_data_is_yours()?;
     if !world.plan.within_model && world.in_sync_disks().len() < world.disks.len() {
-        return Ok(()); // a flush that was lost before showed in the last one
+        return Ok(false); // a flush that was lost before showed in the last one
     }
-    begin_again(world)
+    Ok(true)
 }
 
 /// Liveness: when the faults stop, every request is answered and every disk becomes a replica in sync.
@@ -241,7 +250,7 @@ fn settle(world: &mut World) -> Checked {
 }
 
 /// After an orderly stop: everything is trusted, nothing is to be resynced, reads are right.
-fn begin_again(world: &mut World) -> Checked {
+pub(super) fn begin_again(world: &mut World) -> Checked {
     world.crash(false);
     let all: Vec<usize> = (0..world.disks.len()).collect();
     match world.assemble(&all) {

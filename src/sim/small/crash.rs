@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::sim::client::Asked;
 use crate::sim::rng::Rng;
-use crate::sim::run::finish;
+use crate::sim::run::{begin_again, stop_well};
 use crate::sim::steps::fork::{Crash, CrashPoint, Outcome, Pick};
 use crate::sim::world::{Checked, World, violated};
 use crate::units::{BLOCK_BYTES, ByteRange, SECOND_NS};
@@ -58,6 +58,8 @@ pub(super) struct Crashes {
     left_out: AtomicU64,
     seen_points: Mutex<HashSet<u64>>,
     seen_worlds: Mutex<HashSet<u64>>,
+    /// What orderly stops left.
+    seen_stops: Mutex<HashSet<u64>>,
 }
 
 impl Crashes {
@@ -98,11 +100,42 @@ impl Crashes {
             for lose in [None, Some(0), Some(1)] {
                 self.recoveries.fetch_add(1, Ordering::Relaxed);
                 *name = Some(CrashName { outcome, lose });
-                recover(world.without_daemon(), lose)?;
+                self.recover(world.without_daemon(), lose)?;
             }
         }
         *name = None;
         Ok(())
+    }
+
+    /// Starts what a crash left, reads at once, perhaps loses a disk, and goes through the tail of checks.
+    fn recover(&self, mut world: World, lose: Option<usize>) -> Checked {
+        (world.rng, world.next_id, world.looks) = (Rng::new(1), 1000, 0);
+        world.start(&[0, 1])?;
+        read_all(&mut world)?;
+        if let Some(lost) = lose
+            && world.in_sync_disks() == [0, 1]
+        {
+            world = world.crash_point(Crash::PowerCut).world(Pick::AllLost, 0);
+            world.trace(|| format!("POWER CUT, all that is open is lost; disk {lost} is gone"));
+            world.disks[lost].gone = true;
+            world.start(&[0, 1])?;
+            read_all(&mut world)?;
+        }
+        self.tail(&mut world)
+    }
+
+    /// The checks at the end: all heals, settles and stops; and what the stop leaves begins again. The latter depends on
+    /// nothing but what it leaves, so it is done once for each.
+    pub(super) fn tail(&self, world: &mut World) -> Checked {
+        if !stop_well(world)? {
+            return Ok(());
+        }
+        let left = world.crash_point(Crash::Kill).world(Pick::AllLost, 0);
+        if !locked(&self.seen_stops).insert(left.identity()) {
+            return Ok(());
+        }
+        (world.rng, world.looks) = (Rng::new(2), 0);
+        begin_again(world)
     }
 }
 
@@ -110,25 +143,7 @@ impl Crashes {
 pub(super) fn replay(run: &Run, name: CrashName) -> Checked {
     let point = run.world.crash_point(name.outcome.crash);
     run.world.trace(|| format!("CRASH {}", name.outcome));
-    recover(point.world(name.outcome.pick, 0), name.lose)
-}
-
-/// Starts what a crash left, reads at once, perhaps loses a disk, and goes through the tail of checks.
-fn recover(mut world: World, lose: Option<usize>) -> Checked {
-    world.rng = Rng::new(1);
-    world.next_id = 1000;
-    world.start(&[0, 1])?;
-    read_all(&mut world)?;
-    if let Some(lost) = lose
-        && world.in_sync_disks() == [0, 1]
-    {
-        world = world.crash_point(Crash::PowerCut).world(Pick::AllLost, 0);
-        world.trace(|| format!("POWER CUT, all that is open is lost; disk {lost} is gone"));
-        world.disks[lost].gone = true;
-        world.start(&[0, 1])?;
-        read_all(&mut world)?;
-    }
-    finish(&mut world)
+    Crashes::default().recover(point.world(name.outcome.pick, 0), name.lose)
 }
 
 /// Two clients read all blocks that anybody writes; both are answered.

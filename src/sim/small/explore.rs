@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::planted::Bug;
-use crate::sim::run::{finish, with_bug};
+use crate::sim::run::with_bug;
 use crate::sim::world::{Checked, Violation};
 
 use super::crash::{CrashName, Crashes};
@@ -121,14 +121,14 @@ impl Exploration {
             }
             run.take(enabled[usize::from(choices[depth])])?;
         }
-        end_well(run)
+        end_well(run, &self.crashes)
     }
 }
 
 /// The end of a run without a crash: the tail of checks.
-fn end_well(mut run: Run) -> Checked {
+fn end_well(mut run: Run, crashes: &Crashes) -> Checked {
     run.world.leave_manual()?;
-    finish(&mut run.world)
+    crashes.tail(&mut run.world)
 }
 
 /// Runs one vector of choices, printing what happens if `verbose`; gives the run at its last choice.
@@ -152,5 +152,5 @@ pub(super) fn replay(row: &'static SmallWorld, choices: &[u16], verbose: bool) -
 /// Replays and goes through the tail of checks.
 pub(super) fn replay_to_the_end(row: &'static SmallWorld, choices: &[u16], verbose: bool) -> Checked {
     let run = replay(row, choices, verbose)?;
-    if run.choices()?.is_empty() { end_well(run) } else { Ok(()) }
+    if run.choices()?.is_empty() { end_well(run, &Crashes::default()) } else { Ok(()) }
 }

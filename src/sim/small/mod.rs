@@ -20,9 +20,10 @@
 //!   when it is answered. What the crash of an earlier effect would leave is among the outcomes of a crash while it
 //!   is in flight: a write lost, kept or torn; a flush that had its effect leaves a subset of those with the writes
 //!   before it kept.
-//! - *Equal crashed worlds are recovered once.* What happens after a crash depends on what is left only: the disks'
-//!   contents, cached and durable, and what reads may return (`crash` says what is compared). The daemon's memory is
-//!   gone. Chance is seeded anew, so that the checks after a crash are a function of what is left.
+//! - *Equal crashed worlds are recovered once*, and what equal stops leave begins again once. What happens after a
+//!   crash depends on what is left only: the disks' contents, cached and durable, and what reads may return (`crash`
+//!   says what is compared). The daemon's memory is gone. Chance is seeded anew, so that the checks after a crash
+//!   are a function of what is left.
 //!
 //! What holds within one world holds for its size only; what a world has not (three replicas, large volumes, two
 //! faults) is for the swarm.

@@ -140,7 +140,7 @@ pub const WORLDS: &[SmallWorld] = &[
         clients: &[&[write(BLOCK_A), FLUSH], &[write(BLOCK_B)]],
         ticks: 0,
         fault: false,
-        quick: false,
+        quick: true,
     },
     SmallWorld {
         name: "fua",
@@ -212,7 +212,7 @@ pub const WORLDS: &[SmallWorld] = &[
         clients: &[&[write(BLOCK_A), FLUSH, write(BLOCK_A)]],
         ticks: 1,
         fault: true,
-        quick: false,
+        quick: true,
     },
     SmallWorld {
         name: "fault-clear",
