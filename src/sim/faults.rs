@@ -13,7 +13,7 @@ use super::counts::FaultKind;
 use super::device::{Kind, Op};
 use super::disk::CutMode;
 use super::rng::Rng;
-use super::world::{Checked, Wake, World, violated};
+use super::world::{Checked, Daemon, Wake, World, violated};
 
 /// A fault that strikes at its time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -310,9 +310,10 @@ impl World {
         let source_before = source(self);
         self.read_only = true;
         self.start(disks)?;
-        // Nothing of what it answers where copies differ is recorded: the next start will have the same source, but
-        // if that is lost before these regions are synced another answer is legal (see docs/design.md).
-        let before = self.is_unsynced().then(|| self.oracle.clone());
+        // Nothing of what it answers in dirty regions is recorded: the next start will have the same source, but if
+        // that is lost before these regions are synced, another answer is legal (see docs/design.md).
+        let dirty = |daemon: &Daemon| daemon.mirror.status(self.now).dirty_bytes > 0;
+        let before = self.daemon.as_ref().is_some_and(dirty).then(|| self.oracle.clone());
         if self.daemon.is_some() {
             let left = std::mem::replace(&mut self.requests_left, 10);
             let done = self.run_until(600 * SECOND_NS, |world| {
