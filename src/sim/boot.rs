@@ -345,6 +345,7 @@ impl World {
             let Ok(Some(found)) = self.find(index) else { return false };
             let states: Vec<_> = found.superblock.members().map(|(_, member)| member.state).collect();
             states.len() == self.disks.len()
+                && !self.disks[index].foreign
                 && found.damaged_sectors == 0
                 && found.damaged_slot.is_none()
                 && states.into_iter().all(|state| state == crate::format::superblock::MemberState::InSync)

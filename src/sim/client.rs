@@ -345,7 +345,7 @@ impl World {
     }
 
     /// Whether copies may differ somewhere, by the core's word.
-    fn is_unsynced(&self) -> bool {
+    pub(super) fn is_unsynced(&self) -> bool {
         self.daemon.as_ref().is_some_and(|daemon| daemon.mirror.status(self.now).unsynced_bytes > 0)
     }
 }

@@ -11,6 +11,7 @@ use crate::buffer::Buffer;
 use crate::mirror::event::{DeviceOp, DeviceOutput, Event, OpId};
 use crate::units::{BLOCK_BYTES, ByteRange, ReplicaSlot, SECOND_NS};
 
+use super::client::Pending;
 use super::counts::{DeviceKind, FaultKind};
 use super::disk::{FlushMark, WriteSeq};
 use super::world::{Checked, OpKey, Wake, World, op_key, violated};
@@ -66,6 +67,18 @@ impl Op {
             Kind::Write { data, .. } => data[at],
             _ => 0,
         }
+    }
+
+    /// The part of it (from its beginning) that `pending` names too, where all of that is what `pending` writes.
+    pub(super) fn part_of(&self, pending: &Pending) -> Option<std::ops::Range<usize>> {
+        let start = self.range.offset.max(pending.range.offset);
+        let end = self.range.end().min(pending.range.end());
+        let part = (start - self.range.offset) as usize..end.checked_sub(self.range.offset)? as usize;
+        let same = match &self.kind {
+            Kind::Write { data, .. } => pending.value.matches(start, data.get(part.clone())?),
+            _ => pending.value.zero,
+        };
+        same.then_some(part)
     }
 
     fn counted(&self) -> DeviceKind {

@@ -247,7 +247,7 @@ impl Disk {
                 }
                 let sectors = std::mem::take(&mut versions[at].sectors);
                 if keep {
-                    put_sectors(durable, *block, sectors, versions[at].content.as_deref());
+                    put_sectors(durable, *block, sectors, versions[at].content.as_ref());
                     meta_changed |= *block * BLOCK_BYTES >= meta_from;
                     for older in &mut versions[..at] {
                         older.sectors &= !sectors;
@@ -292,7 +292,7 @@ impl Disk {
                     Fate::Lost => 0,
                     Fate::Torn => version.sectors & rng.next_u64() as u8,
                 };
-                put_sectors(&mut self.durable, block, sectors, version.content.as_deref());
+                put_sectors(&mut self.durable, block, sectors, version.content.as_ref());
             }
         }
         self.cached = self.durable.clone();
@@ -388,6 +388,20 @@ impl Disk {
         })
     }
 
+    /// Shares the memory of blocks that both disks hold alike, so that comparing them again costs nothing.
+    pub fn share_equal(&mut self, other: &Self) {
+        for (mine, theirs) in [(&mut self.durable, &other.durable), (&mut self.cached, &other.cached)] {
+            for (block, content) in mine.iter_mut() {
+                match theirs.get(block) {
+                    Some(same) if !Rc::ptr_eq(content, same) && *content == *same => {
+                        *content = Rc::clone(same);
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+
     /// Whether failed flushes lost something that is not written anew since.
     #[must_use]
     pub fn has_lost(&self) -> bool {
@@ -407,13 +421,13 @@ impl Disk {
     }
 }
 
-fn put_sectors(image: &mut Image, block: u64, sectors: u8, content: Option<&[u8; BLOCK]>) {
+fn put_sectors(image: &mut Image, block: u64, sectors: u8, content: Option<&Rc<[u8; BLOCK]>>) {
     if sectors == 0 {
         return;
     }
     if sectors == ALL_SECTORS {
         match content {
-            Some(content) => image.insert(block, Rc::new(*content)),
+            Some(content) => image.insert(block, Rc::clone(content)),
             None => image.remove(&block),
         };
         return;
@@ -442,6 +456,35 @@ pub fn read_image(image: &Image, offset: u64, out: &mut [u8]) {
         }
         at += len as u64;
     }
+}
+
+/// Whether `image` reads as `data` at `offset`.
+#[must_use]
+pub fn image_holds(image: &Image, offset: u64, data: &[u8]) -> bool {
+    let end = offset + data.len() as u64;
+    let mut at = offset;
+    while at < end {
+        let within = (at % BLOCK_BYTES) as usize;
+        let len = (BLOCK - within).min((end - at) as usize);
+        let piece = &data[(at - offset) as usize..][..len];
+        let same = match image.get(&(at / BLOCK_BYTES)) {
+            Some(block) => *piece == block[within..within + len],
+            None => piece.iter().all(|byte| *byte == 0),
+        };
+        if !same {
+            return false;
+        }
+        at += len as u64;
+    }
+    true
+}
+
+/// Whether `image` reads as zeroes in `range`, which is aligned to blocks.
+#[must_use]
+pub fn image_is_zero(image: &Image, range: ByteRange) -> bool {
+    assert!(range.is_aligned(BLOCK_BYTES));
+    let mut blocks = image.range(range.offset / BLOCK_BYTES..range.end() / BLOCK_BYTES);
+    blocks.all(|(_, block)| block.iter().all(|byte| *byte == 0))
 }
 
 /// Blocks under `limit` bytes in which two images differ, in order.

@@ -173,6 +173,8 @@ impl FaultRates {
             if rng.per_mille(per_mille) { values[rng.below(values.len() as u64) as usize] } else { 0 }
         };
         let pauses = &[20 * MILLISECOND_NS, 200 * MILLISECOND_NS, SECOND_NS];
+        // What only delays, or needs no crash to be seen, comes more rarely: the world is to get somewhere, too.
+        let long = &[200 * MILLISECOND_NS, SECOND_NS, 5 * SECOND_NS];
         let mut rates = Self {
             read_error: sometimes(300, &[2, 20, 200]),
             write_error: sometimes(300, &[2, 10, 100]),
@@ -184,11 +186,11 @@ impl FaultRates {
             outage_pause_ns: sometimes(400, pauses),
             full_pause_ns: sometimes(150, pauses),
             full_everywhere: sometimes(300, &[1]) == 1,
-            slow_pause_ns: sometimes(200, pauses),
-            stuck_pause_ns: sometimes(150, pauses),
-            rot_pause_ns: sometimes(200, pauses),
+            slow_pause_ns: sometimes(200, long),
+            stuck_pause_ns: sometimes(150, long),
+            rot_pause_ns: sometimes(200, long),
             admin_pause_ns: sometimes(350, pauses),
-            status_pause_ns: sometimes(500, pauses),
+            status_pause_ns: sometimes(500, long),
             old_copy: sometimes(200, &[100, 400]),
             blank: sometimes(200, &[100, 300]),
             foreign: sometimes(200, &[100, 300]),

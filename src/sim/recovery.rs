@@ -59,7 +59,7 @@ impl World {
 
     /// Whether the replicas of an assembly differ only where it knows.
     fn is_sound(
-        &self,
+        &mut self,
         name: &str,
         assembly: &Assembly,
         index_of_found: &[usize],
@@ -69,6 +69,9 @@ impl World {
         let regions = self.regions();
         for slot in assembly.in_sync.union(assembly.resync).iter() {
             let Some(disk) = disk_in(assembly, index_of_found, slot) else { continue };
+            if let Ok([source, disk]) = self.disks.get_disjoint_mut([source, disk]) {
+                disk.disk.share_equal(&source.disk);
+            }
             let (one, other) = (image_of(&self.disks[source].disk), image_of(&self.disks[disk].disk));
             for block in differing_blocks(one, other, self.plan.volume_bytes) {
                 let region = regions.of(block * BLOCK_BYTES).index();
@@ -91,7 +94,7 @@ impl World {
     /// Promise 8, of each start: no stale map of a replica that is trusted is dropped by a "no resync needed", and
     /// replicas differ only where they are going to be synced, whatever their counters say.
     pub(super) fn promise_8_no_silent_rollback(
-        &self,
+        &mut self,
         assembly: &Assembly,
         index_of_found: &[usize],
     ) -> Checked {

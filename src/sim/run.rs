@@ -133,6 +133,9 @@ pub(super) fn stop_well(world: &mut World) -> Result<bool, Violation> {
         return Ok(false);
     }
     settle(world)?;
+    if world.beyond_repair {
+        return Ok(());
+    }
     let Some(clean) = world.stop()? else { return violated("liveness", "the daemon died of a stop") };
     if !clean {
         return violated("promise_4_clean_means_clean", "the last stop was not clean though all is well");
@@ -225,6 +228,9 @@ fn settle(world: &mut World) -> Checked {
     let step = world.plan.intent_idle_ns / 2 + SECOND_NS / 10;
     let end = world.now.plus(limit);
     loop {
+        if world.beyond_repair {
+            return Ok(());
+        }
         let Some(daemon) = &world.daemon else { return violated("liveness", "the daemon is gone") };
         if !is_well(world) {
             heal(world)?; // a lost flush may show only now
@@ -258,10 +264,12 @@ pub(super) fn begin_again(world: &mut World) -> Checked {
             return violated("promise_4_clean_means_clean", format!("refused after a stop: {error}"));
         }
         Ok((assembly, _)) => {
+            let damaged =
+                |disk: &usize| world.find(*disk).ok().flatten().is_some_and(|f| f.damaged_sectors > 0);
             let sound = assembly.in_sync.len() == world.disks.len()
                 && assembly.unsynced.not_any()
                 && assembly.head.clean
-                && assembly.maps.intent.not_any();
+                && (assembly.maps.intent.not_any() || all.iter().any(damaged));
             if !sound {
                 return violated(
                     "promise_4_clean_means_clean",
