@@ -1,7 +1,8 @@
 //! Resync and sync after a crash: one machine that copies regions.
 //!
 //! A region needs a copy where it is unsynced (the in-sync replicas may differ) or stale on a resyncing
-//! replica. One job copies one region from one in-sync source to every replica that needs it:
+//! replica. One job copies one region from one in-sync source to every replica that needs it. An unsynced region is
+//! written back to its source as well: what the source reads after a crash may never become durable by itself.
 //!
 //! ```text
 //!  lock (shared: reads go on, writes wait; unsynced: exclusive) ─► for each chunk: hole? ──yes──► zero the targets ──┐
@@ -282,11 +283,12 @@ impl Mirror {
         };
         let mut targets = stale;
         if unsynced {
-            // Resyncing ones as well: an earlier copy of theirs may have come from another source.
-            targets = self.active().difference(ReplicaSet::only(source));
+            // Resyncing ones as well: an earlier copy of theirs may have come from another source. And the source: what
+            // it reads may stand in its cache only, where a flush that failed before the crash left it as if written.
+            targets = self.active();
         }
         if planted(Bug::ResyncWrongDirection)
-            && let Some(wrong) = targets.first()
+            && let Some(wrong) = targets.difference(ReplicaSet::only(source)).first()
         {
             targets.remove(wrong);
             targets.insert(source);
@@ -425,13 +427,10 @@ impl Mirror {
         }
         let job = self.job_mut(key);
         let (region, done) = (job.region, job.targets.intersection(flushed));
-        let Some(source) = job.source else { unreachable!("chosen when granted") };
         for slot in done.intersection(self.resyncing).iter() {
             self.clear_stale(slot, region);
         }
-        let mut same = done;
-        same.insert(source);
-        if self.unsynced[region.index()] && self.in_sync.difference(same).is_empty() {
+        if self.unsynced[region.index()] && self.in_sync.difference(done).is_empty() {
             self.unsynced.set(region.index(), false);
             self.unsynced_count -= 1;
         }

@@ -101,3 +101,20 @@ fn a_sync_waits_for_reads_that_began_before_the_region_was_unsynced() {
     }
     assert!(world.same_data(0, 1));
 }
+
+/// A flush fails on replica 0 and the disk forgets its cache; the process is killed before that is recorded. What replica 0
+/// reads then is the new data, and no flush will ever write it: the sync after the start has to.
+#[test]
+fn an_unsynced_region_is_written_back_to_its_source_too() {
+    let mut world = World::new(2);
+    world.write(AT, 4096, 1).unwrap();
+    let mut after = World::begin(world.crash(), &[0, 1], AssembleOptions::default(), ReplicaSet::EMPTY);
+    after.drain();
+    for slot in [0, 1].map(ReplicaSlot::new) {
+        let log: Vec<&str> =
+            after.log.iter().filter(|(on, _)| *on == slot).map(|(_, what)| what.as_str()).collect();
+        let written = log.iter().position(|what| *what == "write data").unwrap();
+        assert!(log[written..].contains(&"flush"), "slot {slot}: {log:?}");
+    }
+    assert!(after.same_data(0, 1));
+}
