@@ -134,7 +134,7 @@ pub(super) fn stop_well(world: &mut World) -> Result<bool, Violation> {
     }
     settle(world)?;
     if world.beyond_repair {
-        return Ok(());
+        return Ok(false);
     }
     let Some(clean) = world.stop()? else { return violated("liveness", "the daemon died of a stop") };
     if !clean {

@@ -208,6 +208,8 @@ pub struct World {
     pub holders: Vec<usize>,
     /// Scripted faults: the next operation of this kind on this disk fails.
     pub next_fails: Vec<(usize, FailNext)>,
+    /// With more events than this there is no end of them.
+    pub events_max: u64,
     /// Looks at the world after each step (forks are not watched).
     pub watch: Option<Watch>,
 }
@@ -251,6 +253,7 @@ impl World {
             suspect: None,
             holders: vec![],
             next_fails: vec![],
+            events_max: EVENTS_MAX,
             watch: None,
         }
     }
@@ -310,7 +313,7 @@ impl World {
             }
         }
         self.check_promises()?;
-        if self.counts.events > EVENTS_MAX {
+        if self.counts.events > self.events_max {
             return violated("liveness", "there is no end of events");
         }
         self.be_watched()?;

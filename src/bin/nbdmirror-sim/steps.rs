@@ -15,8 +15,11 @@ pub(crate) struct StepsArgs {
     /// Joint outcomes at a crash point of a scenario: all where there are no more, else so many.
     #[arg(long, default_value_t = 32)]
     cap: u64,
-    /// The same at a crash point of a recovery; 0: recoveries are not crashed.
+    /// Of those the recoveries of so many are crashed after every event, too; 0: none.
     #[arg(long, default_value_t = 4)]
+    deep: u64,
+    /// Joint outcomes at a crash point of a recovery.
+    #[arg(long, default_value_t = 2)]
     cap2: u64,
     /// Shifts latencies and samples.
     #[arg(long, default_value_t = 1)]
@@ -40,8 +43,8 @@ pub(crate) struct StepsArgs {
 
 /// Runs it. False: something failed.
 pub(crate) fn run(args: &StepsArgs) -> bool {
-    let StepsArgs { cap, cap2, seed, bug, show, .. } = *args;
-    let settings = Settings { cap, cap2, seed, bug, failures_max: show };
+    let StepsArgs { cap, deep, cap2, seed, bug, show, .. } = *args;
+    let settings = Settings { cap, deep, cap2, seed, bug, failures_max: show };
     let report = match (args.scenario, &args.at) {
         (Some(scenario), Some(at)) => steps::run_at(scenario, settings, at.clone()),
         (Some(scenario), None) => steps::run(&[scenario], settings, args.threads),

@@ -93,7 +93,7 @@ impl Disk {
                     .filter(|sector| version.sectors & (1 << sector) != 0)
                     .filter(|sector| kept(WriteSeq(version.write), block * 8 + sector))
                     .fold(0u8, |mask, sector| mask | 1 << sector);
-                put_sectors(&mut self.durable, block, sectors, version.content.as_deref());
+                put_sectors(&mut self.durable, block, sectors, version.content.as_ref());
             }
         }
         self.cached = self.durable.clone();

@@ -10,7 +10,8 @@
 //! ```
 //!
 //! What must hold: which worlds are met depends on the scenario, the seed and the caps only, not on the threads: a
-//! world's recovery follows from what stands on its disks and in its oracle.
+//! world's recovery follows from what stands on its disks and in its oracle. (Which of several places that leave the
+//! same world is reported, and how often it is recovered, may depend on them.)
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
@@ -31,7 +32,9 @@ use crate::sim::world::{Checked, Violation, World};
 pub struct Settings {
     /// Joint outcomes at a crash point of the scenario: all where there are at most this many, else this many.
     pub cap: u64,
-    /// The same for a crash point of a recovery; 0: recoveries are not crashed.
+    /// Of those the recoveries of this many (chosen in the same way) are crashed, too; 0: none.
+    pub deep: u64,
+    /// The same as `cap` for a crash point of a recovery.
     pub cap2: u64,
     /// Shifts latencies and samples.
     pub seed: u64,
@@ -74,6 +77,8 @@ impl std::str::FromStr for Address {
 #[derive(Default)]
 pub struct Shared {
     met: [Mutex<BTreeSet<u64>>; 2],
+    /// Worlds whose recovery was crashed at every step.
+    deep: Mutex<BTreeSet<u64>>,
     /// What was found.
     pub failures: Mutex<Vec<Failure>>,
 }
@@ -82,6 +87,10 @@ impl Shared {
     /// Whether nobody has met this world at this depth.
     fn is_new(&self, depth: usize, identity: u64) -> bool {
         self.met[depth].lock().unwrap_or_else(PoisonError::into_inner).insert(identity)
+    }
+
+    fn is_new_deep(&self, identity: u64) -> bool {
+        self.deep.lock().unwrap_or_else(PoisonError::into_inner).insert(identity)
     }
 
     fn fail(&self, failure: Failure) {
@@ -236,12 +245,17 @@ impl Explorer {
                 tally.enumerated += if all { outcomes } else { 0 };
                 tally.sampled_points += u64::from(!all);
             }
-            for outcome in outcomes {
+            let deep = if depth == 0 { point.choose(self.settings.deep).0 } else { vec![] };
+            let deep = if self.settings.deep == 0 { vec![] } else { deep };
+            let others = outcomes.iter().filter(|outcome| !deep.contains(outcome));
+            for outcome in deep.iter().chain(others) {
                 let left = point.world(outcome.pick, self.salt(watched));
                 let identity = left.identity();
-                if self.shared.is_new(depth, identity) {
-                    self.tally.borrow_mut().depths[depth].worlds += 1;
-                    self.recovery(watched, left, outcome, identity, true);
+                let is_new = self.shared.is_new(depth, identity);
+                self.tally.borrow_mut().depths[depth].worlds += u64::from(is_new);
+                let crash_again = deep.contains(outcome);
+                if crash_again && self.shared.is_new_deep(identity) || is_new && !crash_again {
+                    self.recovery(watched, left, *outcome, identity, crash_again);
                 }
                 if self.shared.failures() >= self.settings.failures_max {
                     return;
@@ -277,8 +291,7 @@ impl Explorer {
         let depth = address.0.len();
         let creating = watched.creating;
         left.begin_depth(self.settings.seed, depth as u64);
-        let deeper = depth == 1 && self.settings.cap2 > 0;
-        if crash_again && (deeper || matches!(self.goal, Goal::Only(_))) {
+        if crash_again {
             self.watch(&mut left, address.clone(), identity, creating);
         }
         let recovered = guarded(|| {

@@ -1,7 +1,7 @@
 //! The scenarios: one row each, with a short script.
 //!
 //! What must hold: a script stays within the fault model (another replica is in sync and well whenever one is in
-//! trouble), so that no request may fail and nothing may be lost. Rows play without chance: each has the same events in
+//! trouble), so that nothing may be lost, and no request may fail before [`Step::Excused`]. Rows play without chance: each has the same events in
 //! every run.
 //!
 //! A new scenario is a row of [`SCENARIOS`]. Its script first builds what it needs; crashes begin at [`Step::Watch`].
@@ -11,8 +11,10 @@ use super::super::world::FailNext;
 
 /// Size of a region, bytes.
 pub const REGION: u64 = 64 << 10;
-/// Regions of the volume.
-pub const REGIONS: u64 = 4;
+/// Regions of most volumes.
+const REGIONS: u64 = 4;
+/// Regions of a volume with two bitmap pages.
+const REGIONS_OF_TWO_PAGES: u64 = crate::format::layout::REGIONS_PER_PAGE + 4;
 
 /// One step of a script.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +39,10 @@ pub enum Step {
     Back(usize),
     /// The next operation of this kind on a disk fails; a flush loses the cache.
     FailNext(usize, FailNext),
+    /// From here on a disk is so many times slower.
+    Slow(usize, u64),
+    /// From here on requests may fail: no replica is well.
+    Excused,
     /// A blank disk lies ready, as the last one.
     Blank,
     /// An operator fails the replica on a disk.
@@ -47,6 +53,8 @@ pub enum Step {
     Add(usize),
     /// An orderly stop; the daemon is gone then.
     Stop,
+    /// A disk becomes blank (while the daemon is down).
+    Wipe(usize),
     /// The daemon ends with this joint outcome.
     Crash(&'static str),
     /// The daemon starts with these disks.
@@ -71,6 +79,8 @@ pub struct Scenario {
     pub name: &'static str,
     /// For each replica the alignment of its operations, bytes.
     pub aligns: &'static [u32],
+    /// Regions of the volume.
+    pub regions: u64,
     /// What happens.
     pub script: &'static [Step],
 }
@@ -83,7 +93,12 @@ const TWO: &[u32] = &[512, 512];
 const THREE: &[u32] = &[512, 512, 512];
 
 const fn row(name: &'static str, aligns: &'static [u32], script: &'static [Step]) -> Scenario {
-    Scenario { name, aligns, script }
+    Scenario { name, aligns, regions: REGIONS, script }
+}
+
+/// A row with two bitmap pages.
+const fn wide_row(name: &'static str, aligns: &'static [u32], script: &'static [Step]) -> Scenario {
+    Scenario { name, aligns, regions: REGIONS_OF_TWO_PAGES, script }
 }
 
 /// The name of the row in which `create` itself is crashed.
@@ -236,6 +251,21 @@ pub const SCENARIOS: &[Scenario] = &[
             Sync,
         ],
     ),
+    wide_row(
+        "replica-returns-with-two-bitmap-pages",
+        TWO,
+        &[
+            Gone(1),
+            Ask(Write, 4096, 512),
+            Ask(Write, (REGIONS_OF_TWO_PAGES - 1) * REGION, 512),
+            Idle,
+            Back(1),
+            Watch,
+            Add(1),
+            Idle,
+            Sync,
+        ],
+    ),
     row(
         "resync-while-clients-write",
         TWO,
@@ -313,6 +343,38 @@ pub const SCENARIOS: &[Scenario] = &[
             Ask(Write, REGION, 512),
             Idle,
             Clean,
+        ],
+    ),
+    row(
+        "slow-write-outlasts-the-idle-time",
+        TWO,
+        &[
+            Ask(Write, 4096, 512),
+            Ask(Write, REGION, 512),
+            Idle,
+            Step::Slow(1, 2000),
+            Watch,
+            Ask(Write, 4096, 512),
+            Idle,
+            Step::Slow(1, 1),
+            Clean,
+        ],
+    ),
+    row(
+        "last-replica-errs",
+        TWO,
+        &[
+            Gone(1),
+            Ask(Write, 4096, 512),
+            Idle,
+            Step::Excused,
+            Step::FailNext(0, FailNext::Write),
+            Watch,
+            Ask(Write, 4096, 512),
+            Idle,
+            Ask(Read, 4096, 512),
+            Ask(Write, 4096, 512),
+            Idle,
         ],
     ),
     row(
@@ -499,6 +561,28 @@ pub const SCENARIOS: &[Scenario] = &[
         ],
     ),
     row(
+        "each-side-alone",
+        TWO,
+        &[
+            Ask(Write, 4096, 512),
+            Idle,
+            Stop,
+            Start(&[0]),
+            Ask(Write, 4096, 512),
+            Idle,
+            Step::Crash("knone"),
+            Start(&[1]),
+            Events(20),
+            Step::Crash("knone"),
+            Refused(&[0, 1], Degraded::Yes),
+            Step::Wipe(1),
+            Watch,
+            Start(&[0, 1]),
+            Ask(Read, 4096, 512),
+            Idle,
+        ],
+    ),
+    row(
         "resyncing-replica-alone",
         TWO,
         &[
@@ -560,7 +644,7 @@ impl Scenario {
     /// read, as (offset, length).
     #[must_use]
     pub fn touched(&self) -> Vec<(u64, u64)> {
-        let mut touched: Vec<Option<(u64, u64)>> = vec![None; REGIONS as usize];
+        let mut touched: Vec<Option<(u64, u64)>> = vec![None; self.regions as usize];
         for step in self.script {
             let (Ask(_, offset, len) | AskFua(_, offset, len)) = *step else { continue };
             if len == 0 {

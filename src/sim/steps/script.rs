@@ -1,7 +1,7 @@
 //! Plays a scenario's script in a world.
 
 use super::fork::Outcome;
-use super::scenarios::{Degraded, REGION, REGIONS, Scenario, Step};
+use super::scenarios::{Degraded, REGION, Scenario, Step};
 use crate::format::Found;
 use crate::format::assemble::{AssembleError, AssembleOptions, assemble};
 use crate::format::create::Created;
@@ -14,11 +14,14 @@ use crate::units::{ByteRange, MILLISECOND_NS, ReplicaSlot, SECOND_NS};
 /// Longest that anything in a script may take.
 const PATIENCE_NS: u64 = 100 * SECOND_NS;
 
+/// Many more events than a script or a recovery needs.
+const EVENTS_MAX: u64 = 20_000;
+
 /// The plan of a scenario: small, and without chance where chance is not wanted.
 fn plan(scenario: &Scenario, seed: u64) -> Plan {
     Plan {
         seed,
-        volume_bytes: REGIONS * REGION,
+        volume_bytes: scenario.regions * REGION,
         region_bytes: REGION,
         aligns: scenario.aligns.to_vec(),
         clients: 1,
@@ -48,6 +51,7 @@ fn plan(scenario: &Scenario, seed: u64) -> Plan {
 #[must_use]
 pub fn new_world(scenario: &Scenario, seed: u64, verbose: bool) -> World {
     let mut world = World::new(plan(scenario, seed), verbose);
+    world.events_max = EVENTS_MAX;
     for (index, align) in scenario.aligns.iter().enumerate() {
         add_disk(&mut world, *align, index % 2 == 0);
     }
@@ -132,6 +136,18 @@ fn one(world: &mut World, step: Step) -> Checked {
         }
         Step::FailNext(disk, kind) => {
             world.next_fails.push((disk, kind));
+            Ok(())
+        }
+        Step::Slow(disk, factor) => {
+            world.disks[disk].slow_factor = factor;
+            Ok(())
+        }
+        Step::Wipe(disk) => {
+            world.disks[disk].disk.put_back(Default::default());
+            Ok(())
+        }
+        Step::Excused => {
+            world.excused = true;
             Ok(())
         }
         Step::Blank => {
@@ -225,6 +241,7 @@ fn crash(world: &mut World, outcome: &str) -> Checked {
 /// # Errors
 /// The promise that was broken.
 pub fn recover(world: &mut World, scenario: &Scenario, creating: bool) -> Checked {
+    world.excused = false;
     // An operator who starts without every disk that has the newest data asks for a split.
     if world.holders.iter().all(|disk| world.disks[*disk].gone) {
         world.disks.iter_mut().for_each(|disk| disk.gone = false);

@@ -48,6 +48,7 @@ impl World {
             suspect: self.suspect,
             holders,
             next_fails: vec![],
+            events_max: self.events_max,
             watch: None,
         }
     }
