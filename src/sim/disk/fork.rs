@@ -98,6 +98,7 @@ impl Disk {
         }
         self.cached = self.durable.clone();
         self.lost.clear();
+        self.ever_lost.clear();
         self.open.clear();
         self.meta_epoch += 1;
     }
@@ -147,6 +148,11 @@ impl Disk {
         }
         hash.number(self.lost.len() as u64);
         for (block, (sectors, _)) in &self.lost {
+            hash.number(*block);
+            hash.number(u64::from(*sectors));
+        }
+        hash.number(self.ever_lost.len() as u64);
+        for (block, sectors) in &self.ever_lost {
             hash.number(*block);
             hash.number(u64::from(*sectors));
         }
