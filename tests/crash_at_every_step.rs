@@ -27,7 +27,6 @@ const CAUGHT: &[Bug] = &[
     Bug::ReadStaleReplica,
     Bug::FailTheLast,
     Bug::ResyncWrongDirection,
-    Bug::SkipPageOnResyncStart,
     Bug::ResyncWithoutFlush,
     Bug::EqualCountersEqualData,
     Bug::DivergenceIgnored,

@@ -11,10 +11,8 @@ use super::super::world::FailNext;
 
 /// Size of a region, bytes.
 pub const REGION: u64 = 64 << 10;
-/// Regions of most volumes.
-const REGIONS: u64 = 4;
-/// Regions of a volume with two bitmap pages.
-const REGIONS_OF_TWO_PAGES: u64 = crate::format::layout::REGIONS_PER_PAGE + 4;
+/// Regions of the volume.
+pub const REGIONS: u64 = 4;
 
 /// One step of a script.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,8 +77,6 @@ pub struct Scenario {
     pub name: &'static str,
     /// For each replica the alignment of its operations, bytes.
     pub aligns: &'static [u32],
-    /// Regions of the volume.
-    pub regions: u64,
     /// What happens.
     pub script: &'static [Step],
 }
@@ -93,12 +89,7 @@ const TWO: &[u32] = &[512, 512];
 const THREE: &[u32] = &[512, 512, 512];
 
 const fn row(name: &'static str, aligns: &'static [u32], script: &'static [Step]) -> Scenario {
-    Scenario { name, aligns, regions: REGIONS, script }
-}
-
-/// A row with two bitmap pages.
-const fn wide_row(name: &'static str, aligns: &'static [u32], script: &'static [Step]) -> Scenario {
-    Scenario { name, aligns, regions: REGIONS_OF_TWO_PAGES, script }
+    Scenario { name, aligns, script }
 }
 
 /// The name of the row in which `create` itself is crashed.
@@ -251,21 +242,6 @@ pub const SCENARIOS: &[Scenario] = &[
             Sync,
         ],
     ),
-    wide_row(
-        "replica-returns-with-two-bitmap-pages",
-        TWO,
-        &[
-            Gone(1),
-            Ask(Write, 4096, 512),
-            Ask(Write, (REGIONS_OF_TWO_PAGES - 1) * REGION, 512),
-            Idle,
-            Back(1),
-            Watch,
-            Add(1),
-            Idle,
-            Sync,
-        ],
-    ),
     row(
         "resync-while-clients-write",
         TWO,
@@ -374,6 +350,9 @@ pub const SCENARIOS: &[Scenario] = &[
             Idle,
             Ask(Read, 4096, 512),
             Ask(Write, 4096, 512),
+            Fail(0),
+            Idle,
+            Ask(Read, 4096, 512),
             Idle,
         ],
     ),
@@ -644,7 +623,7 @@ impl Scenario {
     /// read, as (offset, length).
     #[must_use]
     pub fn touched(&self) -> Vec<(u64, u64)> {
-        let mut touched: Vec<Option<(u64, u64)>> = vec![None; self.regions as usize];
+        let mut touched: Vec<Option<(u64, u64)>> = vec![None; REGIONS as usize];
         for step in self.script {
             let (Ask(_, offset, len) | AskFua(_, offset, len)) = *step else { continue };
             if len == 0 {

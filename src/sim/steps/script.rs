@@ -1,7 +1,7 @@
 //! Plays a scenario's script in a world.
 
 use super::fork::Outcome;
-use super::scenarios::{Degraded, REGION, Scenario, Step};
+use super::scenarios::{Degraded, REGION, REGIONS, Scenario, Step};
 use crate::format::Found;
 use crate::format::assemble::{AssembleError, AssembleOptions, assemble};
 use crate::format::create::Created;
@@ -21,7 +21,7 @@ const EVENTS_MAX: u64 = 20_000;
 fn plan(scenario: &Scenario, seed: u64) -> Plan {
     Plan {
         seed,
-        volume_bytes: scenario.regions * REGION,
+        volume_bytes: REGIONS * REGION,
         region_bytes: REGION,
         aligns: scenario.aligns.to_vec(),
         clients: 1,
