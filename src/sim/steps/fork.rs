@@ -134,6 +134,9 @@ impl OpenWrite {
     }
 }
 
+/// For each open write of one disk its sectors that matter, and which of them stay.
+type Kept<'a> = BTreeMap<WriteSeq, (&'a [u64], &'a [bool])>;
+
 /// A crash at one moment of one world.
 pub struct CrashPoint {
     crash: Crash,
@@ -297,12 +300,12 @@ impl CrashPoint {
 
     fn resolve(&self, fates: &[Vec<bool>]) -> World {
         let mut world = self.base.without_daemon();
-        let mut kept: Vec<BTreeMap<WriteSeq, (&[u64], &[bool])>> = vec![BTreeMap::new(); world.disks.len()];
+        let mut kept: Vec<Kept<'_>> = vec![BTreeMap::new(); world.disks.len()];
         for (write, fate) in self.open.iter().zip(fates) {
             kept[write.disk].insert(write.write, (&write.sectors, fate));
         }
         // Where it makes no difference, whatever came last stays.
-        let stays = |kept: &BTreeMap<WriteSeq, (&[u64], &[bool])>, write: WriteSeq, sector: u64| {
+        let stays = |kept: &Kept<'_>, write: WriteSeq, sector: u64| {
             let place = kept
                 .get(&write)
                 .and_then(|(sectors, fate)| sectors.binary_search(&sector).ok().map(|at| fate[at]));
