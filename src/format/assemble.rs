@@ -287,6 +287,13 @@ impl Roles {
                 }
             }
         }
+        // In doubt it was not stopped in order: everybody who has the newest commit says that it was.
+        let denies = |slot| {
+            self.found(found, slot).is_some_and(|found| {
+                !found.superblock.clean && found.superblock.event_count == head.event_count
+            })
+        };
+        head.clean &= !self.in_sync.iter().any(denies);
         // After an orderly stop the in-sync replicas hold the same bytes, whatever bits had to stay set (a replica
         // that is away keeps them).
         let may_differ = self.in_sync.len() >= 2 && !head.clean && !planted(Bug::EqualCountersEqualData);

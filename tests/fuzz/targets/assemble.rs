@@ -250,6 +250,11 @@ fn subset(part: &Bitmap, whole: &Bitmap) -> bool {
 }
 
 fn check_roles(assembly: &Assembly, found: &[Found]) {
+    for found in found {
+        let generation = found.superblock.generation;
+        let known = generation == assembly.head.generation || assembly.head.parents.contains(&generation);
+        assert!(known, "{} went on by itself and is taken in", found.path);
+    }
     let members: ReplicaSet = assembly.head.members().map(|(slot, _)| slot).collect();
     let roles = [assembly.in_sync, assembly.resync, assembly.missing];
     assert_eq!(roles.iter().map(|role| role.len()).sum::<usize>(), members.len(), "a role twice, or none");

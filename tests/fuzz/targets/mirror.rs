@@ -3,6 +3,8 @@
 //! What must hold, besides the core's own invariants after every event:
 //! - Each request and each command is answered once; each device operation is on an attached replica, within it, aligned
 //!   to what it can do, and its buffer does not change while it is in flight.
+//! - Promises 1 and 2: intent bits stand on every replica in sync before data goes to one, and a replica that missed a
+//!   write is recorded so before the write is answered.
 //! - A read returns what `register` allows, also after kills of the process at any point and after errors anywhere.
 //! - Where no device failed, no request fails, a killed volume starts again, and after an orderly stop all replicas in sync
 //!   hold the same bytes, and those are right.

@@ -8,6 +8,7 @@ use nbdmirror::format::assemble::{AssembleError, AssembleOptions, assemble};
 use nbdmirror::format::create::{NewReplica, NewVolume, new_volume};
 use nbdmirror::format::layout::Layout;
 use nbdmirror::format::read::read_found;
+use nbdmirror::format::superblock::MemberState;
 use nbdmirror::mirror::event::{
     Action, AdminCommand, AdminId, Candidate, DeviceOp, DeviceOutput, DeviceTraits, Event, OpId, Request,
     RequestError, RequestId,
@@ -259,7 +260,57 @@ impl World {
         };
         assert!(range.is_aligned(align) && range.end() <= device_bytes, "{range:?} on slot {slot}");
         assert!(daemon.operations.iter().all(|operation| operation.id != id));
-        daemon.operations.push(Operation { id, slot, disk, range, kind });
+        let operation = Operation { id, slot, disk, range, kind };
+        self.check_intent_before_data(&operation);
+        if let Some(daemon) = &mut self.daemon {
+            daemon.operations.push(operation);
+        }
+    }
+
+    /// The disks of the replicas in sync.
+    fn in_sync_disks(&self) -> Vec<usize> {
+        let Some(daemon) = &self.daemon else { return vec![] };
+        let (in_sync, _, _) = daemon.mirror.replica_sets();
+        in_sync.iter().filter_map(|slot| daemon.attached[slot.index()]).collect()
+    }
+
+    /// Promise 1: before data goes to a replica in sync, its regions' intent bits stand on every replica in sync.
+    fn check_intent_before_data(&self, operation: &Operation) {
+        let Operation { range, kind, disk, .. } = operation;
+        let in_sync = self.in_sync_disks();
+        let writes = matches!(kind, Kind::Write { .. } | Kind::Zero) && range.offset < VOLUME_BYTES;
+        if !writes || !in_sync.contains(disk) {
+            return;
+        }
+        for at in in_sync {
+            // The first sector of the only page has the bits of all regions, behind its header of eight bytes.
+            let page =
+                Layout { regions: REGIONS, device_bytes: self.disks[at].traits.device_bytes }.page_offset(0);
+            let bits = self.disks[at].image[page.0 as usize + 8];
+            for region in REGIONS.touched(*range) {
+                assert!(
+                    bits & (1 << region.0) != 0,
+                    "data for {region:?} before its intent bit on disk {at}"
+                );
+            }
+        }
+    }
+
+    /// Promise 2: whoever may have missed an acknowledged write is recorded so on a replica in sync.
+    fn check_failure_before_ack(&self, range: ByteRange) {
+        let Some(daemon) = &self.daemon else { return };
+        let (in_sync, resyncing, members) = daemon.mirror.replica_sets();
+        let survivors = self.in_sync_disks();
+        for slot in members.difference(in_sync.union(resyncing)).iter() {
+            let records = |found: &Found| {
+                let member = found.superblock.members[slot.index()].as_ref();
+                let stale = &found.maps.stale[slot.index()];
+                member.is_none_or(|member| member.state != MemberState::InSync)
+                    && REGIONS.touched(range).all(|region| stale[region.index()])
+            };
+            let recorded = survivors.iter().filter_map(|disk| self.find(*disk)).any(|found| records(&found));
+            assert!(recorded, "a write is answered; that {slot} missed it is recorded nowhere");
+        }
     }
 
     /// The operation that stands at `at` in the order of submission ends.
@@ -284,6 +335,13 @@ impl World {
         };
         self.now = self.now.plus(1000);
         self.handle(Event::DeviceDone { op: operation.id, result: result.map(|()| output) });
+        // Promise 4: no bit is cleared under a write in flight.
+        if operation.range.offset >= VOLUME_BYTES {
+            self.daemon
+                .iter()
+                .flat_map(|daemon| &daemon.operations)
+                .for_each(|op| self.check_intent_before_data(op));
+        }
     }
 
     fn land(&mut self, operation: &Operation, landing: Landing) {
@@ -366,7 +424,12 @@ impl World {
                     self.register.read_ends(range, &read, bytes);
                 }
             }
-            Pending::Write(range, begin) => self.register.write_ends(range, begin, result.is_ok()),
+            Pending::Write(range, begin) => {
+                if result.is_ok() && !range.is_empty() {
+                    self.check_failure_before_ack(range);
+                }
+                self.register.write_ends(range, begin, result.is_ok());
+            }
             Pending::Trim(range, begin) => self.register.write_ends(range, begin, false),
             Pending::Flush => {}
         }
@@ -452,10 +515,8 @@ impl World {
             return;
         }
         assert_eq!(daemon.stopped, Some(true), "not stopped though no device failed");
-        let (in_sync, _, _) = daemon.mirror.replica_sets();
-        let images: Vec<usize> = in_sync.iter().filter_map(|slot| daemon.attached[slot.index()]).collect();
         let range = ByteRange::new(0, VOLUME_BYTES);
-        for disk in images {
+        for disk in self.in_sync_disks() {
             let image = self.disks[disk].image[..VOLUME_BYTES as usize].to_vec();
             assert!(image.chunks_exact(512).all(|sector| value_of(sector).is_some()));
             let read = self.register.read_begins(range);
