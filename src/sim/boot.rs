@@ -45,6 +45,7 @@ impl World {
             self.interrupted_create()?;
         }
         let created = self.created()?;
+        self.volume_uuid = created.superblocks[0].volume_uuid;
         for index in 0..self.disks.len() {
             self.write_created(index, &created, &mut { u64::MAX });
         }
@@ -242,6 +243,17 @@ impl World {
     /// A promise was broken. Where more is lost than a mirror can bear, the run is marked as beyond repair.
     pub fn start(&mut self, disks: &[usize]) -> Checked {
         let disks = &self.without_foreign(disks)?[..];
+        let readable = |disk: &usize| self.find(*disk).is_ok_and(|found| found.is_some());
+        if !self.plan.within_model
+            && !self.split
+            && !self.holders.is_empty()
+            && !self.holders.iter().any(readable)
+        {
+            // Whoever had the newest data has rotted. An operator who goes on with the others gives it up.
+            self.trace(|| "no disk that was in sync can be read".to_owned());
+            self.beyond_repair = true;
+            return Ok(());
+        }
         let (mut assembly, index_of_found) = match self.assemble(disks) {
             Ok(assembled) => assembled,
             Err(AssembleError::Diverged(why)) if self.suspect.is_some() => {
@@ -310,7 +322,13 @@ impl World {
     }
 
     /// Those of `disks` that hold no other volume. Given together they have to be refused.
-    fn without_foreign(&self, disks: &[usize]) -> Result<Vec<usize>, Violation> {
+    fn without_foreign(&mut self, disks: &[usize]) -> Result<Vec<usize>, Violation> {
+        // One that was given up (`add --force`) and not overwritten yet is another volume's still.
+        for disk in disks {
+            if let Ok(Some(found)) = self.find(*disk) {
+                self.disks[*disk].foreign = found.superblock.volume_uuid != self.volume_uuid;
+            }
+        }
         let (foreign, own): (Vec<usize>, Vec<usize>) =
             disks.iter().partition(|disk| self.disks[**disk].foreign);
         let there = |disk: &usize| self.find(*disk).is_ok_and(|found| found.is_some());

@@ -402,10 +402,15 @@ impl Disk {
         }
     }
 
-    /// Whether failed flushes lost something that is not written anew since.
+    /// Whether failed flushes lost something under `limit` bytes that reads still show.
     #[must_use]
-    pub fn has_lost(&self) -> bool {
-        self.ever_lost.values().any(|mask| *mask != 0)
+    pub fn has_lost(&self, limit: u64) -> bool {
+        let mut lost = self.ever_lost.range(..limit.div_ceil(BLOCK_BYTES)).filter(|(_, mask)| **mask != 0);
+        lost.any(|(block, _)| {
+            let zero = [0; BLOCK];
+            let of = |image: &Image| image.get(block).map_or(zero, |content| **content);
+            of(&self.durable) != of(&self.cached)
+        })
     }
 
     /// What a power cut leaves for certain.
@@ -586,7 +591,7 @@ mod tests {
         disk.lose_cache(&disk.flush_mark());
         disk.flush(&disk.flush_mark());
         assert_eq!(byte(&disk, 9), 1);
-        assert!(disk.first_not_durable().is_none() && disk.has_lost());
+        assert!(disk.first_not_durable().is_none() && disk.has_lost(65536) && !disk.has_lost(0));
         assert_eq!(first_difference(disk.durable_image(), disk.image(), 65536), Some(0));
         disk.power_cut(&mut Rng::new(1), CutMode::KeepAll);
         assert_eq!(byte(&disk, 9), 0);

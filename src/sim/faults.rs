@@ -13,7 +13,7 @@ use super::counts::FaultKind;
 use super::device::{Kind, Op};
 use super::disk::CutMode;
 use super::rng::Rng;
-use super::world::{Checked, Daemon, FailNext, Wake, World, violated};
+use super::world::{Checked, Daemon, FailNext, SimDisk, Wake, World, violated};
 
 /// A fault that strikes at its time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -150,7 +150,12 @@ impl World {
         let requests = self.daemon.as_ref().map(|daemon| &daemon.requests);
         self.troubled.retain(|id| requests.is_some_and(|requests| requests.contains_key(id)));
         let pending_error = pending_error || !self.troubled.is_empty();
-        let quiet = self.disks.iter().all(|disk| !disk.gone && !disk.full) && !pending_error;
+        // A disk whose cache was lost is not well before that is written anew, whether the daemon that heard of it
+        // lived to record it or not.
+        let well = |disk: &SimDisk| {
+            !disk.gone && !disk.full && !disk.foreign && !disk.disk.has_lost(self.plan.volume_bytes)
+        };
+        let quiet = self.disks.iter().all(well) && !pending_error;
         let all_in_sync = self.in_sync_disks().len() == self.disks.len();
         if !self.plan.within_model || (quiet && all_in_sync && self.all_recorded_in_sync()) {
             self.suspect = self.suspect.filter(|_| !self.plan.within_model);

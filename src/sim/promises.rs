@@ -96,8 +96,8 @@ impl World {
         let cleared = before.maps.intent.clone() & !after.maps.intent.clone();
         for region in cleared.iter_ones() {
             for (slot, _) in after.superblock.members() {
-                // One that comes back says itself what it missed, in regions that were clean before too.
-                let back = self.daemon.as_ref().is_some_and(|daemon| daemon.resyncing.contains(slot));
+                // One that comes (or came) back says itself what it missed, in regions that were clean before too.
+                let back = self.daemon.as_ref().is_some_and(|daemon| daemon.ever_resyncing.contains(slot));
                 if !back && after.maps.stale[slot.index()][region] && before.maps.stale[slot.index()][region]
                 {
                     return violated(
@@ -456,7 +456,7 @@ impl World {
             if let Some(byte) = target.first_not_durable() {
                 return violated(name, format!("byte {byte} of disk {disk} is not durable after the stop"));
             }
-            if self.plan.within_model && target.has_lost() {
+            if self.plan.within_model && target.has_lost(self.plan.volume_bytes) {
                 return violated(
                     name,
                     format!("disk {disk} lost data to a failed flush and counts as in sync"),

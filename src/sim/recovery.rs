@@ -37,7 +37,7 @@ impl World {
         let Ok((assembly, index_of_found)) = self.assemble_found(found) else { return Ok(()) };
         self.counts.crash_images += 1;
         let name = "promise_7_recovery";
-        let lost = self.disks.iter().any(|disk| disk.disk.has_lost());
+        let lost = self.disks.iter().any(|disk| disk.disk.has_lost(self.plan.volume_bytes));
         if !lost {
             self.is_sound(name, &assembly, &index_of_found, Disk::durable_image)?;
         }

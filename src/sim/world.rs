@@ -139,6 +139,8 @@ pub struct Daemon {
     pub stopped: Option<bool>,
     /// The command that is to stop it.
     pub stop_id: u64,
+    /// Those that were resyncing at some time since the start.
+    pub ever_resyncing: ReplicaSet,
     /// In sync since the start.
     pub always_in_sync: ReplicaSet,
     /// Requests answered.
@@ -194,6 +196,8 @@ pub struct World {
     ticks_now: u32,
     /// The daemon serves read-only.
     pub read_only: bool,
+    /// The volume's identity.
+    pub volume_uuid: uuid::Uuid,
     /// Changes of durable metadata that were looked at.
     pub looks: u64,
     /// `Add` commands that have to be refused.
@@ -246,6 +250,7 @@ impl World {
             last_tick: Nanos(0),
             ticks_now: 0,
             read_only: false,
+            volume_uuid: uuid::Uuid::nil(),
             looks: 0,
             must_refuse: BTreeSet::new(),
             split: false,
@@ -388,6 +393,7 @@ impl World {
             stopping: false,
             stopped: None,
             stop_id: 0,
+            ever_resyncing: ReplicaSet::EMPTY,
             always_in_sync: ReplicaSlot::all().collect(),
             replies: 0,
             tick_at: None,
@@ -443,6 +449,7 @@ impl World {
         let before = (daemon.in_sync, daemon.resyncing, daemon.members);
         (daemon.in_sync, daemon.resyncing, daemon.members) = daemon.mirror.replica_sets();
         let after = (daemon.in_sync, daemon.resyncing, daemon.members);
+        daemon.ever_resyncing = daemon.ever_resyncing.union(daemon.resyncing);
         daemon.always_in_sync = daemon.always_in_sync.intersection(daemon.in_sync);
         if before != after {
             self.trace(|| format!("in sync {:?}, resyncing {:?}, members {:?}", after.0, after.1, after.2));

@@ -190,8 +190,13 @@ fn until(world: &mut World, what: &str, done: fn(&World) -> bool) -> Checked {
     violated("liveness", format!("the script's {what} does not come"))
 }
 
+/// Everything is answered, and replicas that were failed have nothing in flight (only then may they be added again).
 fn is_idle(world: &World) -> bool {
-    world.daemon.as_ref().is_some_and(|daemon| daemon.requests.is_empty() && daemon.admins.is_empty())
+    world.daemon.as_ref().is_some_and(|daemon| {
+        let active = daemon.in_sync.union(daemon.resyncing);
+        let lingers = daemon.ops.values().any(|op| !active.contains(op.slot));
+        daemon.requests.is_empty() && daemon.admins.is_empty() && !lingers
+    })
 }
 
 fn is_synced(world: &World) -> bool {
