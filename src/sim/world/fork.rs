@@ -33,6 +33,7 @@ impl World {
             counts: Counts::default(),
             verbose: self.verbose,
             invariants: self.invariants,
+            volume_uuid: self.volume_uuid,
             manual: false,
             queue: BinaryHeap::new(),
             next_wake: self.next_wake,
