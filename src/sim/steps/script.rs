@@ -73,6 +73,7 @@ fn add_disk(world: &mut World, align: u32, cheap_zero: bool) {
 /// The watcher's.
 pub fn create(world: &mut World) -> Checked {
     let created: Created = world.created()?;
+    world.volume_uuid = created.superblocks[0].volume_uuid;
     world.be_watched()?;
     for index in 0..world.disks.len() {
         for (offset, bytes) in created.writes(index) {
