@@ -134,6 +134,9 @@ impl OpenWrite {
     }
 }
 
+/// For each open write of a disk its sectors that matter, and which of them stay.
+type Fates<'a> = BTreeMap<WriteSeq, (&'a [u64], &'a [bool])>;
+
 /// A crash at one moment of one world.
 pub struct CrashPoint {
     crash: Crash,
@@ -277,12 +280,12 @@ impl CrashPoint {
 
     fn resolve(&self, fates: &[Vec<bool>]) -> World {
         let mut world = self.base.without_daemon();
-        let mut kept: Vec<BTreeMap<WriteSeq, (&[u64], &[bool])>> = vec![BTreeMap::new(); world.disks.len()];
+        let mut kept: Vec<Fates<'_>> = vec![BTreeMap::new(); world.disks.len()];
         for (write, fate) in self.open.iter().zip(fates) {
             kept[write.disk].insert(write.write, (&write.sectors, fate));
         }
         // Where it makes no difference, whatever came last stays.
-        let stays = |kept: &BTreeMap<WriteSeq, (&[u64], &[bool])>, write: WriteSeq, sector: u64| {
+        let stays = |kept: &Fates<'_>, write: WriteSeq, sector: u64| {
             let place = kept
                 .get(&write)
                 .and_then(|(sectors, fate)| sectors.binary_search(&sector).ok().map(|at| fate[at]));
@@ -311,5 +314,77 @@ impl CrashPoint {
             Crash::Kill => world.oracle.process_killed(),
         }
         world
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::row::Step;
+    use super::super::scenarios::named;
+    use super::super::script::{create, new_world, play};
+    use super::*;
+    use crate::sim::client::Asked;
+
+    /// Two disks with a write of one sector and one of two sectors, answered and not flushed.
+    fn world() -> World {
+        let mut world = new_world(named("flush").unwrap(), 1, false);
+        create(&mut world).unwrap();
+        world.start(&[0, 1]).unwrap();
+        let asks = [Step::Ask(Asked::Write, 4096, 512), Step::Ask(Asked::Write, 8192, 1024)];
+        play(&mut world, &[Step::Sync, asks[0], asks[1], Step::Idle], |_| {}).unwrap();
+        world
+    }
+
+    fn sectors(world: &World) -> Vec<bool> {
+        let written = |disk: usize, at: u64| {
+            let mut sector = [0; 512];
+            world.disks[disk].disk.read(at, &mut sector);
+            sector != [0; 512]
+        };
+        [0, 1].into_iter().flat_map(|disk| [4096, 8192, 8704].map(|at| written(disk, at))).collect()
+    }
+
+    #[test]
+    fn a_power_cut_leaves_every_joint_outcome_once() {
+        let point = world().crash_point(Crash::PowerCut);
+        assert_eq!((point.open(), point.outcomes()), (4, 64));
+        let (outcomes, all) = point.choose(64);
+        assert!(all);
+        let left = outcomes.iter().map(|outcome| sectors(&point.world(outcome.pick, 0)));
+        let left: std::collections::BTreeSet<Vec<bool>> = left.collect();
+        assert_eq!(left.len(), 64);
+    }
+
+    #[test]
+    fn named_outcomes_are_what_they_say() {
+        let point = world().crash_point(Crash::PowerCut);
+        let left = |pick| sectors(&point.world(pick, 0));
+        assert_eq!(left(Pick::AllLost), [false; 6]);
+        assert_eq!(left(Pick::AllKept), [true; 6]);
+        assert_eq!(left(Pick::OnlyDisk(1)), [false, false, false, true, true, true]);
+        let (outcomes, all) = point.choose(10);
+        assert!(!all && outcomes.len() == 10);
+        for outcome in outcomes {
+            assert_eq!(outcome.to_string().parse::<Outcome>().unwrap(), outcome);
+        }
+    }
+
+    #[test]
+    fn a_kill_leaves_what_has_taken_effect() {
+        let world = world();
+        let point = world.crash_point(Crash::Kill);
+        assert_eq!(point.outcomes(), 1);
+        let left = point.world(Pick::Number(0), 0);
+        assert_eq!(sectors(&left), [true; 6]);
+        assert_eq!(sectors(&world), [true; 6]);
+    }
+
+    #[test]
+    fn equal_worlds_are_told_from_others() {
+        let point = world().crash_point(Crash::PowerCut);
+        let identity = |pick| point.world(pick, 0).identity();
+        assert_eq!(identity(Pick::AllKept), identity(Pick::Number(63)));
+        let all: std::collections::BTreeSet<u64> = (0..64).map(|n| identity(Pick::Number(n))).collect();
+        assert_eq!(all.len(), 64);
     }
 }
