@@ -5,6 +5,11 @@
 //! never before: a device operation keeps a handle until its completion, so the kernel's access is always
 //! covered by ownership. Buffers start at a multiple of 4096 bytes and are whole multiples of it long.
 //! Single-threaded by construction (`Rc`): buffers live on the data plane's thread.
+//!
+//! What a sanitizer cannot see is the kernel's access. Built with `--cfg poison_buffers` (as `scripts/sanitize` does)
+//! free memory is full of [`POISON`]: what is sent or written from a buffer that was given back too early is wrong
+//! data, which the tests of the real binary notice, and what is received or read into it is noticed by the next
+//! [`BufferPool::take`] of that memory.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::cell::RefCell;
@@ -13,11 +18,14 @@ use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::rc::{Rc, Weak};
 
+use crate::planted::{Bug, planted};
 use crate::units::{BLOCK_BYTES, ByteRange};
 
 const ALIGN: usize = BLOCK_BYTES as usize;
 /// Free lists hold buffers of 4 KiB << class; larger requests than the largest class are not pooled.
 const CLASSES: usize = 14;
+/// What free memory is full of in builds with `--cfg poison_buffers`.
+const POISON: u8 = 0xdb;
 
 /// Memory owned by one buffer. Freed here, and only here.
 struct Memory {
@@ -35,6 +43,24 @@ impl Memory {
         let start = unsafe { alloc_zeroed(layout) };
         let Some(start) = NonNull::new(start) else { handle_alloc_error(layout) };
         Self { start, bytes, class, pool }
+    }
+
+    /// The bytes. Nobody else may have a handle: this is free memory, about to be given out or just given back.
+    fn free_bytes(&mut self) -> &mut [u8] {
+        // SAFETY: the memory is `bytes` long, initialised since its allocation, lives as long as `self`, and `self`,
+        // its only owner, is borrowed mutably.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.bytes) }
+    }
+
+    fn poison(this: &mut Rc<Self>) {
+        let Some(memory) = Rc::get_mut(this) else { unreachable!("free memory has one owner") };
+        memory.free_bytes().fill(POISON);
+    }
+
+    fn assert_poisoned(this: &mut Rc<Self>) {
+        let Some(memory) = Rc::get_mut(this) else { unreachable!("free memory has one owner") };
+        let written = memory.free_bytes().iter().position(|byte| *byte != POISON);
+        assert!(written.is_none(), "a free buffer of {} bytes was written to, at {written:?}", memory.bytes);
     }
 
     fn layout(bytes: usize) -> Layout {
@@ -62,8 +88,11 @@ struct PoolInner {
 }
 
 impl PoolInner {
-    fn give_back(&self, memory: Rc<Memory>) {
+    fn give_back(&self, mut memory: Rc<Memory>) {
         debug_assert_eq!(Rc::strong_count(&memory), 1);
+        if cfg!(poison_buffers) {
+            Memory::poison(&mut memory);
+        }
         self.used_bytes.set(self.used_bytes.get() - memory.bytes);
         let class = usize::from(memory.class);
         if class < CLASSES && self.kept_bytes.get() + memory.bytes <= self.keep_bytes_max {
@@ -98,12 +127,19 @@ impl BufferPool {
         let blocks = bytes.max(1).div_ceil(ALIGN);
         let class = blocks.next_power_of_two().trailing_zeros() as usize;
         let pooled = if class < CLASSES { self.inner.free.borrow_mut()[class].pop() } else { None };
-        let memory = if let Some(memory) = pooled {
+        let memory = if let Some(mut memory) = pooled {
             self.inner.kept_bytes.set(self.inner.kept_bytes.get() - memory.bytes);
+            if cfg!(poison_buffers) {
+                Memory::assert_poisoned(&mut memory);
+            }
             memory
         } else {
             let bytes = if class < CLASSES { ALIGN << class } else { blocks * ALIGN };
-            Rc::new(Memory::allocate(bytes, class as u8, Rc::downgrade(&self.inner)))
+            let mut memory = Rc::new(Memory::allocate(bytes, class as u8, Rc::downgrade(&self.inner)));
+            if cfg!(poison_buffers) {
+                Memory::poison(&mut memory); // nobody may count on zeroes
+            }
+            memory
         };
         self.inner.used_bytes.set(self.inner.used_bytes.get() + memory.bytes);
         Buffer { memory: ManuallyDrop::new(memory) }
@@ -219,6 +255,13 @@ impl Drop for SharedBuffer {
 }
 
 fn release(memory: Rc<Memory>) {
+    if planted(Bug::ReuseBufferEarly) && Rc::strong_count(&memory) > 1 {
+        // Somebody else's bytes appear under the handles that are left.
+        // SAFETY: the memory is `bytes` long and lives; in the simulator's one thread no slice of it is held while a
+        // handle is dropped.
+        unsafe { std::ptr::write_bytes(memory.start.as_ptr(), 0xa5, memory.bytes) };
+        return;
+    }
     if Rc::strong_count(&memory) == 1
         && let Some(pool) = memory.pool.upgrade()
     {
@@ -314,6 +357,30 @@ mod tests {
         assert_eq!((pool.used_bytes(), pool.kept_bytes()), (8192, 0));
         drop(pool);
         drop(again); // outlives its pool: freed, not leaked
+    }
+
+    #[test]
+    #[cfg(poison_buffers)]
+    fn free_memory_is_poisoned() {
+        let pool = BufferPool::new(1 << 20);
+        let mut buffer = pool.take(4096);
+        assert!(buffer.iter().all(|byte| *byte == POISON));
+        buffer.fill(1);
+        drop(buffer);
+        assert!(pool.take(4096).iter().all(|byte| *byte == POISON));
+    }
+
+    #[test]
+    #[cfg(poison_buffers)]
+    #[should_panic(expected = "a free buffer of 8192 bytes was written to, at Some(4097)")]
+    fn a_late_write_into_free_memory_is_noticed() {
+        let pool = BufferPool::new(1 << 20);
+        let buffer = pool.take(8192);
+        let kept_too_long = buffer.memory.start; // as the kernel would after an early give-back
+        drop(buffer);
+        // SAFETY: the pool keeps the memory allocated, and nobody else looks at it now.
+        unsafe { kept_too_long.add(4097).write(1) };
+        let _ = pool.take(8192);
     }
 
     #[test]

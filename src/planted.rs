@@ -47,10 +47,22 @@ pub enum Bug {
     ZeroOneReplica,
     /// After a flush that failed everywhere the next one is answered with success (promise 9).
     FlushFailureForgotten,
+    /// A buffer goes back to the pool while an operation in flight still has it (promise 3).
+    ReuseBufferEarly,
+    /// A replica that is not in sync is started alone without `--force` (promise 8).
+    ForceNotNeeded,
+    /// A replica that missed writes is taken back and its stale map forgotten (promise 8).
+    StaleMapForgotten,
+    /// The first bitmap page stands where the volume's last block does (promise 10).
+    MetadataOverData,
+    /// An orderly stop does not flush (promise 10).
+    StopWithoutFlush,
+    /// A request's range is not checked (promise 11).
+    RangeNotChecked,
 }
 
 /// Every planted bug, in order.
-pub const BUGS: [Bug; 19] = [
+pub const BUGS: [Bug; 25] = [
     Bug::AckBeforeIntent,
     Bug::IntentOnOneReplica,
     Bug::AckBeforeMembership,
@@ -70,7 +82,47 @@ pub const BUGS: [Bug; 19] = [
     Bug::FuaIgnored,
     Bug::ZeroOneReplica,
     Bug::FlushFailureForgotten,
+    Bug::ReuseBufferEarly,
+    Bug::ForceNotNeeded,
+    Bug::StaleMapForgotten,
+    Bug::MetadataOverData,
+    Bug::StopWithoutFlush,
+    Bug::RangeNotChecked,
 ];
+
+impl Bug {
+    /// The promise that it breaks.
+    #[must_use]
+    pub fn promise(self) -> u8 {
+        match self {
+            Self::AckBeforeIntent | Self::IntentOnOneReplica => 1,
+            Self::AckBeforeMembership | Self::DropStaleBit => 2,
+            Self::OverlapRace | Self::ZeroOneReplica | Self::ReuseBufferEarly => 3,
+            Self::ClearBeforeFlush | Self::ClearWithWriteInFlight => 4,
+            Self::ReadStaleSide | Self::ReadStaleReplica => 5,
+            Self::FailTheLast => 6,
+            Self::ResyncWrongDirection | Self::SkipPageOnResyncStart | Self::ResyncWithoutFlush => 7,
+            Self::EqualCountersEqualData
+            | Self::DivergenceIgnored
+            | Self::ForceNotNeeded
+            | Self::StaleMapForgotten => 8,
+            Self::FlushOneReplicaOnly | Self::FuaIgnored | Self::FlushFailureForgotten => 9,
+            Self::MetadataOverData | Self::StopWithoutFlush => 10,
+            Self::RangeNotChecked => 11,
+        }
+    }
+
+    /// The bug of this name.
+    ///
+    /// # Errors
+    /// There is none: the text has all names.
+    pub fn named(name: &str) -> Result<Self, String> {
+        BUGS.into_iter().find(|bug| format!("{bug:?}") == name).ok_or_else(|| {
+            let names: Vec<String> = BUGS.iter().map(|bug| format!("{bug:?}")).collect();
+            format!("there is no bug {name:?} to plant; choose one of {}", names.join(", "))
+        })
+    }
+}
 
 #[cfg(any(test, feature = "sim"))]
 mod switch {

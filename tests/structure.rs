@@ -7,11 +7,11 @@ use std::path::{Path, PathBuf};
 /// Each module and what it may import, besides itself. The order is the direction of imports.
 const MAY_IMPORT: [(&str, &[&str]); 10] = [
     ("units", &[]),
-    ("buffer", &["units"]),
     ("planted", &[]),
+    ("buffer", &["units", "planted"]),
     ("format", &["units", "planted"]),
     ("mirror", &["units", "buffer", "planted", "format"]),
-    ("nbd", &["units", "buffer"]),
+    ("nbd", &["units", "buffer", "planted"]),
     ("engine", &["units", "buffer", "format", "mirror", "nbd"]),
     ("control", &["units", "format", "mirror", "nbd", "engine"]),
     ("cli", &["units", "format", "mirror", "nbd", "engine", "control"]),

@@ -191,9 +191,7 @@ impl Serve {
             AssembleOptions { degraded: self.degraded, force: self.force, read_only: self.read_only };
         let mut assembly =
             assemble(&gathered.found, options).map_err(|error| Failure::new(error.to_string()))?;
-        for warning in &assembly.warnings {
-            tracing::warn!("{warning}");
-        }
+        // The core reports the assembly's warnings as its first notices.
         let volume_bytes = assembly.head.regions.volume_bytes;
         if let Some(wanted) = self.create.filter(|wanted| *wanted != volume_bytes) {
             let (wanted, there) = (exact(wanted), exact(volume_bytes));

@@ -130,6 +130,8 @@ pub struct ReplicaDevice {
     pub kind: DeviceKind,
     /// It stands in memory (tmpfs): small operations are done at once, see `device_ops`.
     pub(super) in_memory: bool,
+    /// A write with `RWF_DSYNC` is durable when it ends, see `device_probe`.
+    pub(super) keeps_dsync: bool,
     identity: DeviceIdentity,
     file: File,
 }
@@ -166,6 +168,7 @@ impl ReplicaDevice {
             direct: io_align.is_some(),
             kind,
             in_memory: kind == DeviceKind::File && probe::is_tmpfs(&file),
+            keeps_dsync: kind == DeviceKind::BlockDevice || probe::keeps_dsync(&file),
             identity: identity_of(&metadata),
             file,
         })

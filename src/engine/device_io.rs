@@ -33,6 +33,20 @@ pub(super) const ZEROES_BYTES: usize = 1 << 20;
 /// Times in a row that "try again" is believed.
 const RETRIES_MAX: u32 = 1000;
 
+/// What an operation goes to.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Target {
+    /// Open as long as the operation.
+    pub fd: RawFd,
+    /// Its offsets, lengths and addresses are multiples of this, bytes.
+    pub io_align: u32,
+    /// `RWF_DSYNC` does what it says here; else a durable write is followed by a flush.
+    pub keeps_dsync: bool,
+    /// Writes stand in the kernel's memory until they are written back: a failed `RWF_DSYNC` write may have been told of,
+    /// and have used up, the error of an earlier one.
+    pub written_back: bool,
+}
+
 /// An operation of the core in flight.
 pub(super) struct DeviceIo {
     /// The core's name for it.
@@ -42,14 +56,27 @@ pub(super) struct DeviceIo {
     fd: RawFd,
     io_align: u64,
     retries: u32,
+    /// If this fails other writes may be lost, and no later flush would say so.
+    answers_for_others: bool,
     work: Work,
 }
 
 enum Work {
     Read { offset: u64, len: u64, done: u64, buffer: Buffer },
-    Write { offset: u64, done: u64, data: Payload, durable: bool },
+    Write { offset: u64, done: u64, data: Payload, durable: Durable },
     Zero { offset: u64, len: u64, done: u64, how: ZeroHow, zeroes: SharedBuffer },
     Flush,
+}
+
+/// How a write is made durable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Durable {
+    /// Not at all.
+    No,
+    /// By `RWF_DSYNC`.
+    Itself,
+    /// By a flush when it is done.
+    ByFlush,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,7 +99,7 @@ impl DeviceIo {
     /// `zeroes` is a buffer of [`ZEROES_BYTES`] zeroes.
     pub(super) fn new(
         (op, slot): (OpId, ReplicaSlot),
-        (fd, io_align): (RawFd, u32),
+        Target { fd, io_align, keeps_dsync, written_back }: Target,
         request: DeviceOp,
         zeroes: &SharedBuffer,
     ) -> Self {
@@ -82,6 +109,11 @@ impl DeviceIo {
                 Work::Read { offset: offset.0, len, done: 0, buffer }
             }
             DeviceOp::Write { offset, data, durable } => {
+                let durable = match durable {
+                    false => Durable::No,
+                    true if keeps_dsync => Durable::Itself,
+                    true => Durable::ByFlush,
+                };
                 Work::Write { offset: offset.0, done: 0, data, durable }
             }
             DeviceOp::Zero { offset, len, may_unmap } => {
@@ -91,7 +123,8 @@ impl DeviceIo {
             DeviceOp::Flush => Work::Flush,
             DeviceOp::ProbeHole { .. } => unreachable!("answered without the ring"),
         };
-        let io = Self { op, slot, fd, io_align: u64::from(io_align), retries: 0, work };
+        let answers_for_others = written_back && matches!(work, Work::Write { durable: Durable::Itself, .. });
+        let io = Self { op, slot, fd, io_align: u64::from(io_align), retries: 0, answers_for_others, work };
         debug_assert!(io.is_aligned());
         io
     }
@@ -117,7 +150,7 @@ impl DeviceIo {
             Work::Write { offset, done, data, durable } => {
                 let part = &data.bytes()[*done as usize..];
                 let bytes = (part.len() as u64).min(TRANSFER_BYTES_MAX) as u32;
-                let flags = if *durable { libc::RWF_DSYNC } else { 0 };
+                let flags = durable.flags();
                 opcode::Write::new(fd, part.as_ptr(), bytes).offset(*offset + *done).rw_flags(flags).build()
             }
             Work::Zero { offset, len, done, how: ZeroHow::Write, zeroes } => {
@@ -162,7 +195,7 @@ impl DeviceIo {
             Work::Write { offset, done, data, durable } => {
                 let part = &data.bytes()[*done as usize..];
                 let iov = libc::iovec { iov_base: part.as_ptr().cast_mut().cast(), iov_len: part.len() };
-                let flags = if *durable { libc::RWF_DSYNC } else { 0 };
+                let flags = durable.flags();
                 // SAFETY: one vector of `part.len()` bytes that are only read, borrowed here.
                 unsafe { libc::pwritev2(self.fd, &raw const iov, 1, (*offset + *done) as libc::off_t, flags) }
             }
@@ -171,6 +204,21 @@ impl DeviceIo {
             Work::Zero { .. } => unreachable!("never small"),
         };
         if result < 0 { -Errno::last_raw() } else { result as i32 }
+    }
+
+    /// Whether other writes may be lost if it fails with `result`, unheard of by the next flush: Linux reports a failed
+    /// write-back once to each open file, and a disk forgets what a failed flush was to flush.
+    pub(super) fn may_lose_others(&self, result: i32) -> bool {
+        let errno = Errno::from_raw(-result);
+        let tried_again = matches!(errno, Errno::EINTR | Errno::EAGAIN);
+        // Without room the write itself was refused; a flush promises nothing of the kind.
+        let refused = matches!(errno, Errno::ENOSPC | Errno::EDQUOT | Errno::EFBIG) && !self.is_flush();
+        self.answers_for_others && result < 0 && !tried_again && !refused
+    }
+
+    /// Whether it is, or has come to, a flush.
+    pub(super) fn is_flush(&self) -> bool {
+        matches!(self.work, Work::Flush)
     }
 
     /// Takes the kernel's result.
@@ -192,6 +240,11 @@ impl DeviceIo {
         assert!(moved <= len - *done);
         let reached = *done + moved;
         if reached == len {
+            if matches!(self.work, Work::Write { durable: Durable::ByFlush, .. }) {
+                self.work = Work::Flush;
+                self.answers_for_others = true;
+                return Step::Again(self);
+            }
             return self.ended();
         }
         // An end inside a unit: that unit is moved again.
@@ -233,6 +286,12 @@ impl DeviceIo {
     }
 }
 
+impl Durable {
+    fn flags(self) -> i32 {
+        if self == Self::Itself { libc::RWF_DSYNC } else { 0 }
+    }
+}
+
 impl ZeroHow {
     fn mode(self) -> i32 {
         match self {
@@ -250,9 +309,13 @@ mod tests {
     use crate::units::ReplicaOffset;
 
     fn io(request: DeviceOp) -> DeviceIo {
+        io_to(Target { fd: -1, io_align: 512, keeps_dsync: true, written_back: true }, request)
+    }
+
+    fn io_to(target: Target, request: DeviceOp) -> DeviceIo {
         let mut zeroes = BufferPool::new(0).take(ZEROES_BYTES);
         zeroes.fill(0);
-        DeviceIo::new((OpId(7), ReplicaSlot::new(1)), (-1, 512), request, &zeroes.share())
+        DeviceIo::new((OpId(7), ReplicaSlot::new(1)), target, request, &zeroes.share())
     }
 
     fn again(step: Step) -> DeviceIo {
@@ -285,6 +348,40 @@ mod tests {
         assert_eq!(ended(read(4096).advance(0)).unwrap_err(), Errno::ENXIO);
         assert_eq!(ended(read(4096).advance(511)).unwrap_err(), Errno::ENXIO);
         assert_eq!(ended(read(4096).advance(-libc::EILSEQ)).unwrap_err(), Errno::EILSEQ);
+    }
+
+    #[test]
+    fn a_failed_durable_write_may_lose_others_where_writes_are_written_back() {
+        let durable = |written_back, keeps_dsync| {
+            let data = Payload { buffer: BufferPool::new(0).take(512).share(), start: 0, len: 512 };
+            let target = Target { fd: -1, io_align: 512, keeps_dsync, written_back };
+            io_to(target, DeviceOp::Write { offset: ReplicaOffset(0), data, durable: true })
+        };
+        assert!(durable(true, true).may_lose_others(-libc::EIO));
+        assert!(!durable(true, true).may_lose_others(-libc::ENOSPC), "refused before anything was written");
+        assert!(!durable(true, true).may_lose_others(-libc::EINTR), "is tried again");
+        assert!(!durable(true, true).may_lose_others(512));
+        assert!(!durable(false, true).may_lose_others(-libc::EIO), "direct: nobody else's writes");
+        let by_flush = durable(false, false);
+        assert!(!by_flush.may_lose_others(-libc::EIO), "no flush was tried yet");
+        assert!(again(by_flush.advance(512)).may_lose_others(-libc::ENOSPC));
+    }
+
+    #[test]
+    fn a_durable_write_is_flushed_where_dsync_is_not_kept() {
+        let durable = |keeps_dsync| {
+            let buffer = BufferPool::new(0).take(4096).share();
+            let data = Payload { buffer, start: 0, len: 4096 };
+            let request = DeviceOp::Write { offset: ReplicaOffset(0), data, durable: true };
+            io_to(Target { fd: -1, io_align: 512, keeps_dsync, written_back: true }, request)
+        };
+        assert!(matches!(ended(durable(true).advance(4096)), Ok(DeviceOutput::Done)));
+        let rest = again(durable(false).advance(512));
+        assert!(matches!(&rest.work, Work::Write { done: 512, .. }));
+        let flush = again(rest.advance(4096 - 512));
+        assert!(matches!(flush.work, Work::Flush));
+        assert_eq!(ended(again(flush.advance(-libc::EINTR)).advance(-libc::EIO)).unwrap_err(), Errno::EIO);
+        assert!(matches!(ended(again(durable(false).advance(4096)).advance(0)), Ok(DeviceOutput::Done)));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, FcntlArg, OFlag, fallocate, fcntl};
-use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
+use nix::sys::statfs::{BTRFS_SUPER_MAGIC, EXT4_SUPER_MAGIC, TMPFS_MAGIC, XFS_SUPER_MAGIC, fstatfs};
 use nix::unistd::{Whence, lseek};
 
 use super::device::DeviceKind;
@@ -113,6 +113,14 @@ pub(super) fn reserve(file: &File, offset: u64, len: u64) -> io::Result<()> {
 /// Whether the file stands in memory.
 pub(super) fn is_tmpfs(file: &File) -> bool {
     fstatfs(file).is_ok_and(|stat| stat.filesystem_type() == TMPFS_MAGIC)
+}
+
+/// Whether the filesystem is known to make a write with `RWF_DSYNC` durable before it ends. FUSE (Linux 6.18 and before)
+/// forgets it for direct I/O that is asynchronous, which is all of the ring's; others were not tried.
+pub(super) fn keeps_dsync(file: &File) -> bool {
+    // Ext2, ext3 and ext4 have one number.
+    let known = [EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC, TMPFS_MAGIC];
+    fstatfs(file).is_ok_and(|stat| known.contains(&stat.filesystem_type()))
 }
 
 /// Whether a file's range is known to be a hole.

@@ -15,7 +15,7 @@ use nix::errno::Errno;
 
 use super::data_plane::DataPlane;
 use super::device::{DeviceKind, ReplicaDevice};
-use super::device_io::{DeviceIo, Step};
+use super::device_io::{DeviceIo, Step, Target};
 use super::operation::Operation;
 use crate::mirror::event::{DeviceOp, DeviceOutput, OpId};
 use crate::units::{REPLICAS_MAX, ReplicaSlot};
@@ -31,11 +31,14 @@ pub(super) struct Attached {
     looked_at: u64,
     /// It was seen shorter than when it was opened.
     cut_short: bool,
+    /// A durable write failed in a way that may have lost other writes: every later flush fails. A new life of the
+    /// replica, with a copy of what it missed, or a restart is the cure.
+    lost_writes: bool,
 }
 
 impl Attached {
     fn new(device: ReplicaDevice) -> Self {
-        Self { device, in_flight: 0, looked_at: 0, cut_short: false }
+        Self { device, in_flight: 0, looked_at: 0, cut_short: false, lost_writes: false }
     }
 
     /// Whether the device is as long as it was when it was opened; looks once a turn.
@@ -101,6 +104,10 @@ impl DataPlane {
             self.device_done.push_back((op, Err(Errno::ENXIO)));
             return;
         }
+        if attached.lost_writes && matches!(request, DeviceOp::Flush) {
+            self.device_done.push_back((op, Err(Errno::EIO)));
+            return;
+        }
         if let DeviceOp::ProbeHole { offset, len } = request {
             // Asks the filesystem's map, which is in memory as a rule.
             let hole = attached.device.kind == DeviceKind::File && attached.device.is_hole(offset, len);
@@ -108,7 +115,12 @@ impl DataPlane {
             return;
         }
         attached.in_flight += 1;
-        let target = (attached.device.raw_fd(), attached.device.traits.io_align);
+        let target = Target {
+            fd: attached.device.raw_fd(),
+            io_align: attached.device.traits.io_align,
+            keeps_dsync: attached.device.keeps_dsync,
+            written_back: !attached.device.direct && !attached.device.in_memory,
+        };
         let at_once = attached.device.in_memory;
         let io = DeviceIo::new((op, slot), target, request, &self.zeroes);
         if at_once && io.is_small(AT_ONCE_BYTES_MAX) {
@@ -121,6 +133,7 @@ impl DataPlane {
     fn run_device_io(&mut self, mut io: DeviceIo) {
         loop {
             let result = io.run_now();
+            let result = self.believed(&io, result);
             match io.advance(result) {
                 Step::Again(rest) => io = rest,
                 Step::Ended(op, slot, result) => {
@@ -133,6 +146,7 @@ impl DataPlane {
 
     /// The ring has done a part of an operation.
     pub(super) fn device_completed(&mut self, io: DeviceIo, result: i32) {
+        let result = self.believed(&io, result);
         match io.advance(result) {
             Step::Again(io) => {
                 self.ring.start(Operation::Device(io));
@@ -142,6 +156,13 @@ impl DataPlane {
                 self.feed_device_done();
             }
         }
+    }
+
+    /// The result as the core may believe it: no flush is good after, or beside, a failure that lost other writes.
+    fn believed(&mut self, io: &DeviceIo, result: i32) -> i32 {
+        let attached = self.devices.attached(io.slot);
+        attached.lost_writes |= io.may_lose_others(result);
+        if attached.lost_writes && io.is_flush() && result >= 0 { -(Errno::EIO as i32) } else { result }
     }
 
     fn end_device_op(&mut self, op: OpId, slot: ReplicaSlot, result: Result<DeviceOutput, Errno>) {

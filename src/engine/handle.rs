@@ -2,6 +2,13 @@
 //!
 //! What must hold: messages are dealt with in the order they were posted. A message posted to an engine that has
 //! ended is dropped: its answer's receiver gives an error, its descriptor is closed.
+//!
+//! No wake-up is lost. Who posts puts the message in, *then* adds to the eventfd's counter; the engine's read sets the
+//! counter to zero, *then* it takes all messages, then it reads again. So where a message was put in after the engine
+//! last took, its addition comes after the read before that too, and is still there for the next read, which ends at
+//! once. Where it was put in before, it was taken; its addition may be left over and then wakes the engine for
+//! nothing. The other order on either side (wake before the message
+//! is in, set to zero after the messages were taken) would lose some: a test goes through all interleavings.
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
@@ -142,10 +149,28 @@ pub(super) struct Mailbox {
 
 impl Mailbox {
     fn post(&self, message: Message) {
+        if self.put(message) {
+            self.wake();
+        }
+    }
+
+    /// `false` where nobody takes messages any more: this one is dropped.
+    fn put(&self, message: Message) -> bool {
         let mut messages = self.messages.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(queue) = messages.as_mut() else { return };
-        queue.push_back(message);
-        drop(messages);
+        match messages.as_mut() {
+            Some(queue) => {
+                queue.push_back(message);
+                true
+            }
+            None => {
+                drop(messages); // a message's end (a descriptor's, say) is not to hold up others
+                drop(message);
+                false
+            }
+        }
+    }
+
+    fn wake(&self) {
         // Cannot fail: the counter is far from its end.
         let _ = self.eventfd.write(1);
     }
@@ -264,4 +289,116 @@ pub fn start(config: EngineConfig) -> Result<Engine, EngineError> {
     })?;
     started.recv().map_err(|_| EngineError::Ended)??;
     Ok(Engine { handle, thread })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One side's steps, in its order. All of them are atomic: a lock or a system call.
+    #[derive(Clone, Copy, PartialEq)]
+    enum Step {
+        Put,
+        Wake,
+        /// Waits for a counter that is not zero, and sets it to zero.
+        Read,
+        /// Waits for a counter that is not zero, and leaves it.
+        Poll,
+        /// Sets the counter to zero.
+        Reset,
+        Take,
+    }
+
+    /// A mailbox in the middle of an interleaving: where each side is, and what the engine has taken.
+    struct World {
+        mailbox: Mailbox,
+        posters: Vec<usize>,
+        engine: usize,
+        taken: usize,
+    }
+
+    impl World {
+        fn new(posters: usize) -> Self {
+            let eventfd = EventFd::from_flags(EfdFlags::EFD_NONBLOCK).unwrap();
+            let mailbox = Mailbox { messages: Mutex::new(Some(VecDeque::new())), eventfd };
+            Self { mailbox, posters: vec![0; posters], engine: 0, taken: 0 }
+        }
+
+        /// Lets one side (the engine is the last) go a step; `false` where it cannot.
+        fn go(&mut self, side: usize, poster: [Step; 2], engine: &[Step]) -> bool {
+            let step = match self.posters.get_mut(side) {
+                Some(2) => return false,
+                Some(at) => {
+                    *at += 1;
+                    poster[*at - 1]
+                }
+                None => engine[self.engine],
+            };
+            match step {
+                Step::Put => assert!(self.mailbox.put(Message::Status(oneshot::channel().0))),
+                Step::Wake => self.mailbox.wake(),
+                Step::Read if self.mailbox.eventfd.read().is_err() => return false,
+                Step::Poll if self.mailbox.eventfd.read().is_err() => return false,
+                Step::Poll => self.mailbox.wake(), // back again: nobody saw it gone
+                Step::Reset => drop(self.mailbox.eventfd.read()),
+                Step::Read => {}
+                Step::Take => self.taken += self.mailbox.take().len(),
+            }
+            if side == self.posters.len() {
+                self.engine = (self.engine + 1) % engine.len();
+            }
+            true
+        }
+    }
+
+    /// How many of all interleavings of so many posters with the engine leave a message asleep, and how many there are.
+    fn asleep(posters: usize, poster: [Step; 2], engine: &[Step]) -> (u32, u32) {
+        let (mut lost, mut all) = (0, 0);
+        let mut schedules = vec![Vec::new()];
+        while let Some(schedule) = schedules.pop() {
+            let mut ended = true;
+            let mut taken = 0;
+            for side in 0..=posters {
+                // Always done again from the start: a mailbox cannot be copied.
+                let mut next = World::new(posters);
+                assert!(schedule.iter().all(|side| next.go(*side, poster, engine)));
+                taken = next.taken;
+                if next.go(side, poster, engine) {
+                    ended = false;
+                    schedules.push(schedule.iter().copied().chain([side]).collect());
+                }
+            }
+            if ended {
+                all += 1;
+                lost += u32::from(taken < posters);
+            }
+        }
+        (lost, all)
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "an eventfd")]
+    fn no_interleaving_loses_a_wake_up_and_other_orders_do() {
+        use Step::{Poll, Put, Read, Reset, Take, Wake};
+        let (lost, all) = asleep(2, [Put, Wake], &[Read, Take]);
+        assert_eq!(lost, 0);
+        assert!(all > 20, "{all}");
+        assert!(asleep(1, [Wake, Put], &[Read, Take]).0 > 0);
+        assert!(asleep(2, [Put, Wake], &[Poll, Take, Reset]).0 > 0);
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "an eventfd")]
+    fn a_closed_mailbox_drops_what_waits_and_what_comes() {
+        let world = World::new(0);
+        let (sender, mut waits) = oneshot::channel();
+        world.mailbox.post(Message::Status(sender));
+        waits.try_recv().unwrap_err();
+        world.mailbox.close();
+        assert_eq!(waits.try_recv().unwrap_err(), oneshot::error::TryRecvError::Closed);
+        let (sender, mut comes) = oneshot::channel();
+        world.mailbox.post(Message::Status(sender));
+        assert_eq!(comes.try_recv().unwrap_err(), oneshot::error::TryRecvError::Closed);
+        assert!(world.mailbox.take().is_empty());
+    }
 }

@@ -141,7 +141,7 @@ pub fn assemble(found: &[Found], options: AssembleOptions) -> Result<Assembly, A
     roles.demote_accused(found)?;
     let forced = roles.in_sync.is_empty();
     if forced {
-        if !options.force {
+        if !options.force && !planted(Bug::ForceNotNeeded) {
             return Err(refuse::none_in_sync(found, head, roles.missing));
         }
         roles.force_best(found, head);
@@ -287,6 +287,13 @@ impl Roles {
                 }
             }
         }
+        // In doubt it was not stopped in order: everybody who has the newest commit says that it was.
+        let denies = |slot| {
+            self.found(found, slot).is_some_and(|found| {
+                !found.superblock.clean && found.superblock.event_count == head.event_count
+            })
+        };
+        head.clean &= !self.in_sync.iter().any(denies);
         // After an orderly stop the in-sync replicas hold the same bytes, whatever bits had to stay set (a replica
         // that is away keeps them).
         let may_differ = self.in_sync.len() >= 2 && !head.clean && !planted(Bug::EqualCountersEqualData);
@@ -327,6 +334,10 @@ impl Roles {
             if self.full.contains(slot) || (forced && self.missing.contains(slot)) {
                 stale.fill(true);
             } else if self.resync.contains(slot) || self.missing.contains(slot) {
+                if planted(Bug::StaleMapForgotten) {
+                    stale.fill(false);
+                    continue;
+                }
                 // A crash may fall between a replica's loss and the commit of the stale bits for what was dirty
                 // then; all of that is dirty still.
                 unite(stale, &maps.intent);

@@ -1,5 +1,6 @@
 //! Where things stand on a replica.
 
+use crate::planted::{Bug, planted};
 use crate::units::{BLOCK_BYTES, REGION_BYTES_MAX, REGION_BYTES_MIN, Regions, ReplicaOffset};
 
 /// Regions that one 512-byte bitmap sector describes: nine bitmaps (intent, eight stale maps) of 56 bytes.
@@ -53,6 +54,9 @@ impl Layout {
     #[must_use]
     pub fn page_offset(&self, index: u64) -> ReplicaOffset {
         assert!(index < self.page_count());
+        if planted(Bug::MetadataOverData) && index == 0 {
+            return ReplicaOffset(self.regions.volume_bytes - BLOCK_BYTES);
+        }
         ReplicaOffset(self.device_bytes - Self::metadata_bytes(self.regions) + index * BLOCK_BYTES)
     }
 

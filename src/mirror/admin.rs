@@ -14,6 +14,7 @@ use super::flush::FlushOwner;
 use super::ops::OpOwner;
 use super::{Mirror, Work};
 use crate::format::superblock::MemberState;
+use crate::planted::{Bug, planted};
 use crate::units::{ReplicaSet, ReplicaSlot};
 
 /// Where an orderly stop is.
@@ -218,6 +219,11 @@ impl Mirror {
             StopStage::Draining if self.config.read_only => StopStage::Stopped(true),
             StopStage::Draining => {
                 self.admin.stop = Some((id, StopStage::Flushing));
+                if planted(Bug::StopWithoutFlush) {
+                    self.stop_flushed(true);
+                    self.work.push_back(Work::Pump);
+                    return;
+                }
                 self.request_flush(self.active(), FlushOwner::Stop);
                 return;
             }

@@ -175,6 +175,10 @@ impl Mirror {
             }
         } else if !failed.is_empty() {
             self.flush_lost();
+            // It may not join any more, and only a flush that is good would fail it.
+            for slot in failed.intersection(self.resyncing).iter() {
+                self.fail_on_error(slot, ticket.errno, "a flush failed");
+            }
         }
         let covered = self.in_sync.intersection(failed).is_empty();
         self.flush_finished(ticket.owner, good && covered, ticket.ok);

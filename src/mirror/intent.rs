@@ -62,7 +62,7 @@ struct Commit {
     settle: bool,
     owed: ReplicaSet,
     waiters: Vec<Key>,
-    /// The intent bits as they are being written.
+    /// The intent bits that will be durable, with their stale bits, when it is done.
     intent: [u64; WORDS_PER_PAGE],
 }
 
@@ -111,6 +111,14 @@ impl Pages {
 
     pub(super) fn deadline(&self) -> Option<Nanos> {
         self.lazy_at
+    }
+
+    /// The commit in flight of the page of `region` (if there is one) does not have all that is set there now.
+    fn forget_in_commit(&mut self, region: RegionIndex) {
+        if let Some(commit) = &mut self.pages[page_of(region)].commit {
+            let bit = region.0 % REGIONS_PER_PAGE;
+            commit.intent[(bit / 64) as usize] &= !(1 << (bit % 64));
+        }
     }
 
     fn owe(&mut self, index: usize, slot: ReplicaSlot) {
@@ -164,6 +172,7 @@ impl Mirror {
                         self.set_stale(slot, region);
                         // A bit cleared here and not yet on disk is durable still; the stale bit beside it is not.
                         self.intent_durable.set(index, false);
+                        self.pages.forget_in_commit(region);
                     }
                 }
                 self.touch_page(page_of(region), true);

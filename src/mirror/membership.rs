@@ -124,6 +124,7 @@ impl Mirror {
         self.meta.dirty = true;
         self.shrinking = true;
         self.abandon_ops(slot);
+        self.leave_jobs(slot);
         self.refresh_alignment();
         self.forget_unsynced_if_alone();
         self.work.push_back(Work::DetachIfIdle(slot));
@@ -324,9 +325,10 @@ impl Mirror {
             return;
         }
         self.head.event_count = commit.event_count;
+        let mut joined = false;
         for slot in commit.joining.intersection(commit.ok).iter() {
-            if self.stale_count[slot.index()] > 0 {
-                // A write failed on it while the commit was in flight: it is recorded as in sync and is not.
+            if self.stale_count[slot.index()] > 0 || self.replica(slot).flush_failed {
+                // A write or flush failed on it while the commit was in flight: it is recorded as in sync and is not.
                 self.replica_mut(slot).member.state = MemberState::Resyncing;
                 self.begin_generation();
                 self.meta.dirty = true;
@@ -339,6 +341,14 @@ impl Mirror {
             replica.reason = None;
             let text = format!("{} is in sync", self.describe(slot));
             self.notice(NoticeLevel::Info, text);
+            joined = true;
+        }
+        if joined {
+            // Who was kept only because nobody better was there: what it lost may come to light at any time, and after a
+            // crash it could be the source.
+            for slot in self.in_sync.difference(self.readable()).iter() {
+                self.fail_on_error(slot, Errno::EIO, "an earlier flush failed");
+            }
         }
         for (slot, errno) in commit.failed {
             self.fail_on_error(slot, errno, "its superblock could not be written");
@@ -354,6 +364,7 @@ impl Mirror {
             self.stale_count[slot.index()] == 0
                 && self.pages.nothing_owed(*slot)
                 && !self.is_job_target(*slot)
+                && !self.replica(*slot).flush_failed
         };
         self.resyncing.iter().filter(ready).collect()
     }

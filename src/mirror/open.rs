@@ -28,7 +28,7 @@ use crate::format::assemble::Assembly;
 use crate::format::bitmap::{Bitmap, RegionMaps};
 use crate::format::layout::Layout;
 use crate::format::superblock::{Member, MemberState, Superblock};
-use crate::units::{Nanos, REPLICAS_MAX, ReplicaSet, ReplicaSlot};
+use crate::units::{Nanos, ReplicaSet, ReplicaSlot};
 
 /// Superblock commits before a volume opens for writing.
 const OPENING_COMMITS: u32 = 2;
@@ -74,12 +74,12 @@ impl Mirror {
             resyncing: if config.read_only { ReplicaSet::EMPTY } else { assembly.resync },
             source: assembly.source,
             io_align: 1,
+            stale_count: assembly.maps.stale.each_ref().map(|map| map.count_ones() as u64),
             maps: RegionMaps { intent: assembly.maps.intent, stale: assembly.maps.stale },
             intent_durable: Bitmap::repeat(false, count),
             recent: Bitmap::repeat(false, count),
             unsynced_count: unsynced.count_ones() as u64,
             unsynced,
-            stale_count: [0; REPLICAS_MAX],
             region_writes: vec![0; count],
             ops: Slab::new(),
             tasks: Slab::new(),

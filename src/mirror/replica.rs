@@ -70,6 +70,13 @@ impl Mirror {
         self.in_sync.union(self.resyncing)
     }
 
+    /// The replicas in sync that reads may come from: one whose flush failed may have lost what it was given, and shows it
+    /// at once or later (when a page is evicted). Where that is so of all, all.
+    pub(super) fn readable(&self) -> ReplicaSet {
+        let good: ReplicaSet = self.in_sync.iter().filter(|slot| !self.replica(*slot).flush_failed).collect();
+        if good.is_empty() { self.in_sync } else { good }
+    }
+
     /// Members of the volume that take no writes.
     pub(super) fn inactive_members(&self) -> ReplicaSet {
         self.members().difference(self.active())

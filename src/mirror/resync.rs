@@ -1,8 +1,7 @@
 //! Resync and sync after a crash: one machine that copies regions.
 //!
 //! A region needs a copy where it is unsynced (the in-sync replicas may differ) or stale on a resyncing
-//! replica. One job copies one region from one in-sync source to every replica that needs it. An unsynced region is
-//! written back to its source as well: what the source reads after a crash may never become durable by itself.
+//! replica. One job copies one region from one in-sync source to every replica that needs it:
 //!
 //! ```text
 //!  lock (shared: reads go on, writes wait; unsynced: exclusive) ─► for each chunk: hole? ──yes──► zero the targets ──┐
@@ -265,7 +264,7 @@ impl Mirror {
     pub(super) fn job_granted(&mut self, key: Key) {
         let job = self.job_mut(key);
         let (region, unreadable, exclusive) = (job.region, job.unreadable, job.exclusive);
-        let sources = self.in_sync.difference(unreadable);
+        let sources = self.readable().difference(unreadable);
         let unsynced = exclusive && self.unsynced[region.index()];
         let stale: ReplicaSet =
             self.resyncing.iter().filter(|slot| self.maps.stale[slot.index()][region.index()]).collect();
@@ -283,8 +282,9 @@ impl Mirror {
         };
         let mut targets = stale;
         if unsynced {
-            // Resyncing ones as well: an earlier copy of theirs may have come from another source. And the source: what
-            // it reads may stand in its cache only, where a flush that failed before the crash left it as if written.
+            // Resyncing ones as well: an earlier copy of theirs may have come from another source. And the source: a
+            // flush of it may have failed, and lost what it was to flush, just before a crash kept that from being
+            // recorded. It still reads right, but only a new write makes that durable.
             targets = self.active();
         }
         if planted(Bug::ResyncWrongDirection)
@@ -427,10 +427,13 @@ impl Mirror {
         }
         let job = self.job_mut(key);
         let (region, done) = (job.region, job.targets.intersection(flushed));
+        let Some(source) = job.source else { unreachable!("chosen when granted") };
         for slot in done.intersection(self.resyncing).iter() {
             self.clear_stale(slot, region);
         }
-        if self.unsynced[region.index()] && self.in_sync.difference(done).is_empty() {
+        let mut same = done;
+        same.insert(source);
+        if self.unsynced[region.index()] && self.in_sync.difference(same).is_empty() {
             self.unsynced.set(region.index(), false);
             self.unsynced_count -= 1;
         }
@@ -442,6 +445,17 @@ impl Mirror {
         let keys: Vec<Key> = self.resync.active.values().copied().collect();
         for key in keys {
             self.job_mut(key).spoiled = true;
+        }
+    }
+
+    /// The replica in `slot` leaves. Should it (or another one in its slot) be back before a job ends, what it has of
+    /// that job's region is not known.
+    pub(super) fn leave_jobs(&mut self, slot: ReplicaSlot) {
+        let keys: Vec<Key> = self.resync.active.values().copied().collect();
+        for key in keys {
+            let job = self.job_mut(key);
+            job.targets.remove(slot);
+            job.source = job.source.filter(|source| *source != slot);
         }
     }
 

@@ -37,6 +37,14 @@ pub(super) enum Content {
     },
 }
 
+/// What the client asked for, for the counters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Asked {
+    Write,
+    Zeroes,
+    Trim,
+}
+
 /// A block at the edge of a write that the write covers in part: the rest is read first.
 pub(super) struct Edge {
     block: ByteRange,
@@ -47,6 +55,7 @@ pub(super) struct Edge {
 /// A write on its way.
 pub(super) struct WriteTask {
     id: RequestId,
+    asked: Asked,
     /// What the client named.
     range: ByteRange,
     /// Whole blocks around it: what is locked and written.
@@ -85,21 +94,28 @@ impl Mirror {
     pub(super) fn start_write(&mut self, id: RequestId, offset: u64, data: UniquePayload, fua: bool) {
         let range = ByteRange::new(offset, data.len as u64);
         let unit = self.io_align;
-        self.begin_write(id, range, unit, Content::Filling(data), fua);
+        self.begin_write((id, Asked::Write), range, unit, Content::Filling(data), fua);
     }
 
     /// A client writes zeroes.
     pub(super) fn start_zeroes(&mut self, id: RequestId, range: ByteRange, may_unmap: bool, fua: bool) {
-        self.begin_write(id, range, BLOCK_BYTES, Content::Zeroes { may_unmap }, fua);
+        self.begin_write((id, Asked::Zeroes), range, BLOCK_BYTES, Content::Zeroes { may_unmap }, fua);
     }
 
     /// A client trims: whole blocks are zeroed where every replica can do that cheaply, else nothing happens.
     pub(super) fn start_trim(&mut self, id: RequestId, range: ByteRange, fua: bool) {
         let inner = if self.zeroing_is_cheap() { range.shrunk_to(BLOCK_BYTES) } else { ByteRange::new(0, 0) };
-        self.begin_write(id, inner, BLOCK_BYTES, Content::Zeroes { may_unmap: true }, fua);
+        self.begin_write((id, Asked::Trim), inner, BLOCK_BYTES, Content::Zeroes { may_unmap: true }, fua);
     }
 
-    fn begin_write(&mut self, id: RequestId, range: ByteRange, unit: u64, content: Content, fua: bool) {
+    fn begin_write(
+        &mut self,
+        (id, asked): (RequestId, Asked),
+        range: ByteRange,
+        unit: u64,
+        content: Content,
+        fua: bool,
+    ) {
         if self.config.read_only {
             self.reply(id, Err(RequestError::ReadOnly));
             return;
@@ -109,12 +125,14 @@ impl Mirror {
             return;
         }
         if range.is_empty() {
+            self.count_write(asked, 0);
             self.reply(id, Ok(None));
             return;
         }
         let edges = edge_blocks(range, unit);
         let task = WriteTask {
             id,
+            asked,
             range,
             span: range.expanded_to(unit),
             content,
@@ -175,7 +193,7 @@ impl Mirror {
     fn read_edge(&mut self, key: Key, index: usize) {
         let edge = &self.write_task(key).edges[index];
         let (block, tried) = (edge.block, edge.tried);
-        let candidates = self.in_sync.difference(tried);
+        let candidates = self.readable().difference(tried);
         if candidates.is_empty() {
             let task = self.write_task(key);
             task.edge_error = true;
@@ -406,17 +424,23 @@ impl Mirror {
                 self.recent.set(region.index(), true);
             }
         }
-        match (&task.result, &task.content) {
-            (Err(_), _) => {}
-            (Ok(()), Content::Zeroes { .. }) => self.counters.zeroes += 1,
-            (Ok(()), _) => {
-                self.counters.writes += 1;
-                self.counters.write_bytes += task.range.len;
-            }
+        if task.result.is_ok() {
+            self.count_write(task.asked, task.range.len);
         }
         self.reply(task.id, task.result.map(|()| None));
         if let Some(lock) = task.lock {
             self.unlock(lock);
+        }
+    }
+
+    fn count_write(&mut self, asked: Asked, bytes: u64) {
+        match asked {
+            Asked::Write => {
+                self.counters.writes += 1;
+                self.counters.write_bytes += bytes;
+            }
+            Asked::Zeroes => self.counters.zeroes += 1,
+            Asked::Trim => self.counters.trims += 1,
         }
     }
 

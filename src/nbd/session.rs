@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use super::export::Export;
 use super::wire::{self, NbdError, Reader};
+use crate::planted::{Bug, planted};
 
 #[cfg(test)]
 mod tests;
@@ -187,7 +188,7 @@ fn validate(export: &Export, request: Request) -> Result<Command, NbdError> {
         return Err(NbdError::Inval);
     }
     let in_range = offset.checked_add(u64::from(len)).is_some_and(|end| end <= export.size_bytes);
-    if !in_range {
+    if !in_range && !planted(Bug::RangeNotChecked) {
         let stores = matches!(kind, wire::CMD_WRITE | wire::CMD_WRITE_ZEROES);
         return Err(if stores { NbdError::NoSpc } else { NbdError::Inval });
     }

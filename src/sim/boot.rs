@@ -7,14 +7,15 @@ use uuid::Uuid;
 use crate::buffer::BufferPool;
 use crate::format::assemble::{AssembleError, AssembleOptions, assemble};
 use crate::format::create::{Created, NewReplica, NewVolume, new_volume};
-use crate::format::layout::Layout;
+use crate::format::layout::{Layout, superblock_offset};
 use crate::format::read::{ReadError, read_found};
 use crate::format::superblock::PARENTS_MAX;
 use crate::format::{Assembly, Found};
 use crate::mirror::event::DeviceTraits;
 use crate::mirror::{Mirror, MirrorConfig};
-use crate::units::{BLOCK_BYTES, MILLISECOND_NS, REPLICAS_MAX, ReplicaSet};
+use crate::units::{BLOCK_BYTES, MILLISECOND_NS, Nanos, REPLICAS_MAX, ReplicaSet, ReplicaSlot};
 
+use super::counts::FaultKind;
 use super::disk::Disk;
 use super::promises::MetaView;
 use super::rng::Rng;
@@ -40,21 +41,50 @@ impl World {
             let slow_factor = if index == slow { self.plan.slow_factor } else { 1 };
             self.add_disk(bytes, self.plan.aligns[index], slow_factor);
         }
+        while self.rng.per_mille(100) {
+            self.interrupted_create()?;
+        }
         let created = self.created()?;
-        if self.rng.per_mille(50) {
-            self.interrupted_create(&created)?;
-        }
+        self.volume_uuid = created.superblocks[0].volume_uuid;
         for index in 0..self.disks.len() {
-            for (offset, bytes) in created.writes(index) {
-                let disk = &mut self.disks[index].disk;
-                let write = disk.begin_write();
-                disk.apply(write, offset.0, &bytes, |_| true);
-                disk.complete_write(write);
-            }
-            let mark = self.disks[index].disk.flush_mark();
-            self.disks[index].disk.flush(&mark);
+            self.write_created(index, &created, &mut { u64::MAX });
         }
-        Ok(())
+        self.promise_10_create_writes_no_data()
+    }
+
+    /// Writes a new volume's metadata to one disk as the binary does: pages, flush, superblocks, flush. `steps`
+    /// counts down with each write and flush; at 0 nothing more is done. Gives whether all was done.
+    fn write_created(&mut self, index: usize, created: &Created, steps: &mut u64) -> bool {
+        let target = &mut self.disks[index];
+        let first_superblock = superblock_offset(target.traits.device_bytes, 0);
+        let mut pages_are_durable = false;
+        let mut step = || {
+            *steps = steps.saturating_sub(1);
+            *steps > 0
+        };
+        for (offset, bytes) in created.writes(index) {
+            if offset >= first_superblock && !pages_are_durable {
+                if !step() {
+                    return false;
+                }
+                let mark = target.disk.flush_mark();
+                target.disk.flush(&mark);
+                pages_are_durable = true;
+            }
+            let write = target.disk.begin_write();
+            if !step() {
+                // The write that is interrupted lands in part.
+                let rng = &mut self.rng;
+                target.disk.apply(write, offset.0, &bytes, |_| rng.coin());
+                target.disk.complete_write(write);
+                return false;
+            }
+            target.disk.apply(write, offset.0, &bytes, |_| true);
+            target.disk.complete_write(write);
+        }
+        let mark = target.disk.flush_mark();
+        target.disk.flush(&mark);
+        true
     }
 
     /// Another blank disk.
@@ -70,6 +100,10 @@ impl World {
             full: false,
             unseen_error: false,
             slow_factor,
+            slow_until: Nanos(0),
+            stuck_until: Nanos(0),
+            foreign: false,
+            rotten: false,
             copies: vec![],
         });
         self.meta.push(MetaView::default());
@@ -114,31 +148,45 @@ impl World {
         new_volume(volume).or_else(|error| violated("create", error))
     }
 
-    /// A `create` that the power cut ends: it must leave nothing that starts and lies.
-    fn interrupted_create(&mut self, created: &Created) -> Checked {
-        let stop_at = self.rng.below(4 * self.disks.len() as u64);
-        let mut step = 0;
+    /// A `create` that a power cut, a kill or an I/O error ends: it must leave nothing that starts and lies.
+    fn interrupted_create(&mut self) -> Checked {
+        let created = self.created()?;
+        let steps_in_all: u64 = (0..self.disks.len()).map(|i| created.writes(i).count() as u64 + 2).sum();
+        let mut steps = self.rng.between(1, steps_in_all);
         for index in 0..self.disks.len() {
-            for (offset, bytes) in created.writes(index) {
-                step += 1;
-                if step <= stop_at {
-                    let disk = &mut self.disks[index].disk;
-                    let write = disk.begin_write();
-                    disk.apply(write, offset.0, &bytes, |_| true);
-                }
+            if !self.write_created(index, &created, &mut steps) {
+                break;
             }
         }
-        let mode = super::disk::CutMode::from_chance(&mut self.rng);
-        for disk in &mut self.disks {
-            disk.disk.power_cut(&mut self.rng, mode);
+        if self.rng.coin() {
+            self.counts.fault(FaultKind::CreateCrash);
+            let mode = super::disk::CutMode::from_chance(&mut self.rng);
+            for disk in &mut self.disks {
+                disk.disk.power_cut(&mut self.rng, mode);
+            }
+        } else {
+            // It says so and ends; what it wrote stays, as after a kill.
+            self.counts.fault(FaultKind::CreateError);
         }
         let found: Vec<Found> = (0..self.disks.len()).filter_map(|i| self.find(i).ok().flatten()).collect();
+        self.promise_10_create_writes_no_data()?;
         match assemble(&found, AssembleOptions { degraded: true, ..AssembleOptions::default() }) {
             Ok(assembly) if assembly.resync.is_empty() => Ok(()),
             Ok(assembly) => violated("create", format!("resync of {:?} after a crash", assembly.resync)),
-            Err(AssembleError::Empty) => Ok(()),
+            // Leftovers of an attempt before: they are two volumes.
+            Err(AssembleError::Empty | AssembleError::Foreign(_)) => Ok(()),
             Err(error) => violated("create", format!("after a crash: {error}")),
         }
+    }
+
+    /// Another volume's replica, of the same shape, takes the place of a disk's content.
+    pub(super) fn make_foreign(&mut self, index: usize) -> Checked {
+        let mut created = self.created()?;
+        created.superblocks.iter_mut().for_each(|superblock| superblock.event_count += self.rng.below(50));
+        self.disks[index].disk.put_back(Default::default());
+        self.write_created(index, &created, &mut { u64::MAX });
+        self.disks[index].foreign = true;
+        Ok(())
     }
 
     /// What stands on a disk, as the daemon would read it.
@@ -161,11 +209,19 @@ impl World {
     /// # Errors
     /// The refusal.
     pub fn assemble(&self, disks: &[usize]) -> Result<(Assembly, Vec<usize>), AssembleError> {
-        let mut found: Vec<(usize, Found)> = disks
+        let found = disks
             .iter()
             .filter(|index| !self.disks[**index].gone)
             .filter_map(|index| Some((*index, self.find(*index).ok().flatten()?)))
             .collect();
+        self.assemble_found(found)
+    }
+
+    /// What was found on these disks assembles to, with the disk of each. Removed members are left out.
+    pub(super) fn assemble_found(
+        &self,
+        mut found: Vec<(usize, Found)>,
+    ) -> Result<(Assembly, Vec<usize>), AssembleError> {
         let options = AssembleOptions { degraded: true, ..AssembleOptions::default() };
         loop {
             let list: Vec<Found> = found.iter().map(|(_, found)| found.clone()).collect();
@@ -186,7 +242,19 @@ impl World {
     /// # Errors
     /// A promise was broken. Where more is lost than a mirror can bear, the run is marked as beyond repair.
     pub fn start(&mut self, disks: &[usize]) -> Checked {
-        let (assembly, index_of_found) = match self.assemble(disks) {
+        let disks = &self.without_foreign(disks)?[..];
+        let readable = |disk: &usize| self.find(*disk).is_ok_and(|found| found.is_some());
+        if !self.plan.within_model
+            && !self.split
+            && !self.holders.is_empty()
+            && !self.holders.iter().any(readable)
+        {
+            // Whoever had the newest data has rotted. An operator who goes on with the others gives it up.
+            self.trace(|| "no disk that was in sync can be read".to_owned());
+            self.beyond_repair = true;
+            return Ok(());
+        }
+        let (mut assembly, index_of_found) = match self.assemble(disks) {
             Ok(assembled) => assembled,
             Err(AssembleError::Diverged(why)) if self.suspect.is_some() => {
                 // An old copy of a replica with another past may be refused; the operator takes a blank disk then.
@@ -214,9 +282,14 @@ impl World {
                 return Ok(());
             }
         };
+        self.promise_8_no_silent_rollback(&assembly, &index_of_found)?;
         let mut attached = [None; REPLICAS_MAX];
         let mut traits = [None; REPLICAS_MAX];
         for (slot, found) in assembly.found_of_slot.iter().enumerate() {
+            // As the binary does: a replica may have moved.
+            if let (Some(found), Some(member)) = (found, &mut assembly.head.members[slot]) {
+                member.path.clone_from(&self.disks[index_of_found[*found]].path);
+            }
             attached[slot] = found.map(|found| index_of_found[found]);
             traits[slot] = attached[slot].map(|disk| self.disks[disk].traits);
         }
@@ -231,9 +304,11 @@ impl World {
                 assembly.warnings
             )
         });
+        let write_mostly: ReplicaSet =
+            ReplicaSlot::all().filter(|_| self.rng.per_mille(self.plan.write_mostly)).collect();
         let config = MirrorConfig {
-            read_only: false,
-            write_mostly: ReplicaSet::EMPTY,
+            read_only: self.read_only,
+            write_mostly,
             traits,
             entropy: u128::from(self.rng.next_u64()) << 64 | u128::from(self.rng.next_u64()),
             wall_clock_origin_ns: ORIGIN_UNIX_NS,
@@ -244,6 +319,31 @@ impl World {
         let pool = BufferPool::new(64 << 20);
         let mirror = Mirror::new(config, assembly, pool.clone());
         self.begin_life(mirror, pool, attached)
+    }
+
+    /// Those of `disks` that hold no other volume. Given together they have to be refused.
+    fn without_foreign(&mut self, disks: &[usize]) -> Result<Vec<usize>, Violation> {
+        // One that was given up (`add --force`) and not overwritten yet is another volume's still.
+        for disk in disks {
+            if let Ok(Some(found)) = self.find(*disk) {
+                self.disks[*disk].foreign = found.superblock.volume_uuid != self.volume_uuid;
+            }
+        }
+        let (foreign, own): (Vec<usize>, Vec<usize>) =
+            disks.iter().partition(|disk| self.disks[**disk].foreign);
+        let there = |disk: &usize| self.find(*disk).is_ok_and(|found| found.is_some());
+        if foreign.iter().any(there) && own.iter().any(there) {
+            match self.assemble(disks) {
+                Err(AssembleError::Foreign(_)) => {}
+                other => {
+                    return violated(
+                        "promise_8_foreign_untouched",
+                        format!("two volumes in one, and not refused as such: {:?}", other.err()),
+                    );
+                }
+            }
+        }
+        Ok(own)
     }
 
     /// A disk whose generation may have fallen out of the newest superblock's history, which is full.
@@ -263,6 +363,7 @@ impl World {
             let Ok(Some(found)) = self.find(index) else { return false };
             let states: Vec<_> = found.superblock.members().map(|(_, member)| member.state).collect();
             states.len() == self.disks.len()
+                && !self.disks[index].foreign
                 && found.damaged_sectors == 0
                 && found.damaged_slot.is_none()
                 && states.into_iter().all(|state| state == crate::format::superblock::MemberState::InSync)

@@ -1,9 +1,15 @@
 //! Clients: they send requests that overlap on purpose, and the answers are judged here.
 
+use std::sync::Arc;
+
 use crate::buffer::Payload;
 use crate::mirror::event::{Event, Request, RequestError, RequestId};
-use crate::units::ByteRange;
+use crate::nbd::export::Export;
+use crate::nbd::session::{Command, Parsed, Session};
+use crate::nbd::wire::{PAYLOAD_BYTES_MAX, REQUEST_BYTES, REQUEST_MAGIC};
+use crate::units::{BLOCK_BYTES, ByteRange};
 
+use super::counts::RequestKind;
 use super::disk::FlushMark;
 use super::oracle::{Outcome, Value};
 use super::plan::Plan;
@@ -50,6 +56,14 @@ pub struct Pending {
     pub marks: Vec<FlushMark>,
 }
 
+impl Asked {
+    /// Whether it changes the volume.
+    #[must_use]
+    pub fn writes(self) -> bool {
+        matches!(self, Self::Write | Self::Zero | Self::Trim)
+    }
+}
+
 impl Client {
     /// A client of `plan`'s world.
     pub fn new(plan: &Plan, rng: &mut Rng) -> Self {
@@ -74,6 +88,10 @@ impl World {
             return Ok(());
         }
         self.requests_left -= 1;
+        if self.rng.per_mille(self.plan.mix.hostile) {
+            self.wake_in(1 + self.plan.think_ns, Wake::Client(client));
+            return self.promise_11_hostile_request();
+        }
         let asked = self.choose();
         let range = self.choose_range(client, asked);
         let fua = matches!(asked, Asked::Write | Asked::Zero | Asked::Trim)
@@ -118,10 +136,40 @@ impl World {
         ByteRange::new(offset, len.min(volume - offset))
     }
 
+    /// Counts a request by its kinds.
+    fn count_request(&mut self, asked: Asked, range: ByteRange, fua: bool) {
+        let writes = matches!(asked, Asked::Write | Asked::Zero | Asked::Trim);
+        let of_bytes = asked != Asked::Flush;
+        let overlapping = self.daemon.as_ref().is_some_and(|daemon| {
+            daemon.requests.values().any(|other| {
+                other.asked != Asked::Flush && other.range.overlaps(range) && (writes || other.asked.writes())
+            })
+        });
+        let kind = match asked {
+            Asked::Read => RequestKind::Read,
+            Asked::Write => RequestKind::Write,
+            Asked::Zero => RequestKind::Zeroes,
+            Asked::Trim => RequestKind::Trim,
+            Asked::Flush => RequestKind::Flush,
+        };
+        let kinds = [
+            (true, kind),
+            (fua, RequestKind::Fua),
+            (of_bytes && !range.is_aligned(BLOCK_BYTES), RequestKind::Unaligned),
+            (of_bytes && overlapping, RequestKind::Overlapping),
+            (of_bytes && self.regions().touched(range).nth(1).is_some(), RequestKind::ManyRegions),
+            (of_bytes && range.len == self.plan.volume_bytes, RequestKind::Whole),
+            (of_bytes && range.is_empty(), RequestKind::Empty),
+            (writes && self.read_only, RequestKind::WriteReadOnly),
+        ];
+        kinds.into_iter().filter(|(so, _)| *so).for_each(|(_, kind)| self.counts.request(kind));
+    }
+
     /// A client sends a request.
     pub(super) fn send(&mut self, client: usize, asked: Asked, range: ByteRange, fua: bool) -> Checked {
         let id = self.fresh_id();
         let value = Value { id: id as u32, zero: asked != Asked::Write };
+        self.count_request(asked, range, fua);
         self.trace(|| {
             let fua = if fua { " FUA" } else { "" };
             format!("client {client}: request {id}: {asked:?}{fua} {}+{}", range.offset, range.len)
@@ -141,6 +189,8 @@ impl World {
         let begin = match asked {
             Asked::Read => self.oracle.read_begin(),
             Asked::Flush => self.oracle.flush_begin(),
+            // A write to a volume served read-only never happens: the oracle does not hear of it.
+            Asked::Write | Asked::Zero | Asked::Trim if self.read_only => 0,
             Asked::Write | Asked::Zero | Asked::Trim => self.oracle.write_begin(value, range),
         };
         let marks = match asked {
@@ -155,6 +205,51 @@ impl World {
         self.deliver(Event::Request { id: RequestId(id), request })
     }
 
+    /// Promise 11: wrong requests are refused by the protocol layer, right ones let through as they are. This one is
+    /// at or over some edge; where it is let through though it leaves the volume, the promise is broken.
+    fn promise_11_hostile_request(&mut self) -> Checked {
+        self.counts.request(RequestKind::Hostile);
+        let volume = self.plan.volume_bytes;
+        let export = Export {
+            name: "sim".to_owned(),
+            description: String::new(),
+            size_bytes: volume,
+            read_only: self.read_only,
+        };
+        let rng = &mut self.rng;
+        let near = |rng: &mut Rng, at: u64| at.wrapping_add(rng.between(0, 8192)).wrapping_sub(4096);
+        let offset = match rng.below(4) {
+            0 => near(rng, volume),
+            1 => near(rng, u64::MAX),
+            2 => rng.next_u64(),
+            _ => rng.below(volume),
+        };
+        let len = match rng.below(4) {
+            0 => rng.between(0, 8192),
+            1 => near(rng, PAYLOAD_BYTES_MAX.into()),
+            2 => u64::from(u32::MAX) - rng.below(8192),
+            _ => near(rng, volume - offset.min(volume)),
+        } as u32;
+        let (flags, kind) = (rng.pick(&[0, 0, 1, 2, 0x8000]), rng.below(9) as u16);
+        let mut header = [0; REQUEST_BYTES];
+        header[..4].copy_from_slice(&REQUEST_MAGIC.to_be_bytes());
+        header[4..6].copy_from_slice(&(flags as u16).to_be_bytes());
+        header[6..8].copy_from_slice(&kind.to_be_bytes());
+        header[16..24].copy_from_slice(&offset.to_be_bytes());
+        header[24..].copy_from_slice(&len.to_be_bytes());
+        let end = u128::from(offset) + u128::from(len);
+        match Session::new(Arc::new(export)).parse(&header) {
+            Parsed::Command { command: Command::Flush, .. } => Ok(()),
+            Parsed::Command { command, .. } if end > u128::from(volume) => {
+                violated("promise_11_bad_input", format!("{command:?} leaves the volume and is let through"))
+            }
+            Parsed::Command { command, .. } if self.read_only && !matches!(command, Command::Read { .. }) => {
+                violated("promise_11_bad_input", format!("{command:?} is let through to a read-only volume"))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// The core answers a request.
     pub(super) fn client_reply(
         &mut self,
@@ -165,6 +260,7 @@ impl World {
         let Some(pending) = daemon.requests.remove(&id.0) else {
             return violated("protocol", format!("request {} is answered twice, or was never sent", id.0));
         };
+        daemon.replies += 1;
         self.counts.replies += 1;
         self.counts.errors += u64::from(result.is_err());
         self.trace(|| format!("request {}: answered {:?}", id.0, result.as_ref().map(|_| "well")));
@@ -193,9 +289,13 @@ impl World {
                 }
                 self.promise_5_one_answer(id, pending, &data)
             }
+            Asked::Flush if self.read_only => Ok(()), // it flushes nothing: nothing was written
             Asked::Flush => {
                 self.oracle.flush_end(pending.begin, true);
                 self.promise_9_a_flush_is_a_flush(id, pending)
+            }
+            _ if self.read_only => {
+                violated("promise_11_bad_input", format!("write {id} to a read-only volume"))
             }
             Asked::Write | Asked::Zero | Asked::Trim => {
                 let outcome = if pending.asked == Asked::Trim {
@@ -218,6 +318,21 @@ impl World {
                 self.oracle.write_end(pending.value, pending.begin, Outcome::Maybe);
             }
         }
+        if self.read_only {
+            let right = match pending.asked {
+                // Its one source may give an error: no other may answer where the copies differ.
+                Asked::Read => {
+                    error == RequestError::Io && self.plan.faults.read_error > 0 || self.is_unsynced()
+                }
+                Asked::Flush => false,
+                _ => error == RequestError::ReadOnly,
+            };
+            if !right {
+                let asked = pending.asked;
+                return violated("read_only", format!("request {id} ({asked:?}) is answered with: {error}"));
+            }
+            return Ok(());
+        }
         let stopping = self.daemon.as_ref().is_some_and(|daemon| daemon.stopping);
         if self.plan.within_model && !self.excused && !(stopping && error == RequestError::Stopping) {
             let asked = pending.asked;
@@ -227,5 +342,10 @@ impl World {
             );
         }
         Ok(())
+    }
+
+    /// Whether copies may differ somewhere, by the core's word.
+    pub(super) fn is_unsynced(&self) -> bool {
+        self.daemon.as_ref().is_some_and(|daemon| daemon.mirror.status(self.now).unsynced_bytes > 0)
     }
 }

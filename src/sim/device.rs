@@ -11,6 +11,8 @@ use crate::buffer::Buffer;
 use crate::mirror::event::{DeviceOp, DeviceOutput, Event, OpId};
 use crate::units::{BLOCK_BYTES, ByteRange, ReplicaSlot, SECOND_NS};
 
+use super::client::Pending;
+use super::counts::{DeviceKind, FaultKind};
 use super::disk::{FlushMark, WriteSeq};
 use super::world::{Checked, OpKey, Wake, World, op_key, violated};
 
@@ -58,7 +60,39 @@ impl Op {
         matches!(self.kind, Kind::Write { .. } | Kind::Zero(_))
     }
 
-    fn name(&self) -> String {
+    /// The byte that it writes at `at` from its beginning.
+    #[must_use]
+    pub fn byte(&self, at: usize) -> u8 {
+        match &self.kind {
+            Kind::Write { data, .. } => data[at],
+            _ => 0,
+        }
+    }
+
+    /// The part of it (from its beginning) that `pending` names too, where all of that is what `pending` writes.
+    pub(super) fn part_of(&self, pending: &Pending) -> Option<std::ops::Range<usize>> {
+        let start = self.range.offset.max(pending.range.offset);
+        let end = self.range.end().min(pending.range.end());
+        let part = (start - self.range.offset) as usize..end.checked_sub(self.range.offset)? as usize;
+        let same = match &self.kind {
+            Kind::Write { data, .. } => pending.value.matches(start, data.get(part.clone())?),
+            _ => pending.value.zero,
+        };
+        same.then_some(part)
+    }
+
+    fn counted(&self) -> DeviceKind {
+        match &self.kind {
+            Kind::Read(_) => DeviceKind::Read,
+            Kind::Write { durable: true, .. } => DeviceKind::DurableWrite,
+            Kind::Write { .. } => DeviceKind::Write,
+            Kind::Zero(_) => DeviceKind::Zero,
+            Kind::Flush(_) => DeviceKind::Flush,
+            Kind::ProbeHole => DeviceKind::Probe,
+        }
+    }
+
+    pub(super) fn name(&self) -> String {
         let (at, len) = (self.range.offset, self.range.len);
         match &self.kind {
             Kind::Read(_) => format!("read {at}+{len}"),
@@ -71,6 +105,9 @@ impl Op {
         }
     }
 }
+
+/// A disk that is slow for a while is this many times slower.
+const SLOW_FACTOR: u64 = 30;
 
 /// How a write that is cut short lands.
 #[derive(Clone, Copy)]
@@ -86,16 +123,20 @@ impl World {
         let Some(disk) = self.disk_of(slot) else {
             return violated("protocol", format!("operation on slot {slot}, which is not attached"));
         };
-        self.counts.device_ops += 1;
         let op = self.make_op(slot, disk, request);
+        self.counts.device_op(op.counted());
         self.trace(|| format!("op {} on slot {slot} (disk {disk}): {}", id.0, op.name()));
         self.check_geometry(&op)?;
         self.promise_3_one_order(&op)?;
         self.promise_1_intent_before_data(&op)?;
+        self.promise_7_only_from_in_sync(&op)?;
         let Some(daemon) = &mut self.daemon else { return Ok(()) };
         let life = daemon.life;
         if daemon.ops.insert(op_key(id), op).is_some() {
             return violated("protocol", format!("op {} is in flight already", id.0));
+        }
+        if self.manual {
+            return Ok(());
         }
         let (first, second) = self.latencies(disk);
         self.wake_in(first, Wake::Apply(life, op_key(id)));
@@ -131,6 +172,14 @@ impl World {
             Kind::Flush(_) | Kind::ProbeHole => return Ok(()),
         };
         let fits = op.range.end() <= self.disks[op.disk].disk.bytes() && !op.range.is_empty();
+        if op.writes() && (self.read_only || self.disks[op.disk].foreign) {
+            let (name, why) = (op.name(), if self.read_only { "read-only" } else { "another volume's" });
+            return violated("promise_8_foreign_untouched", format!("{name} on a replica that is {why}"));
+        }
+        let volume = self.plan.volume_bytes;
+        if op.range.offset < volume && op.range.end() > volume {
+            return violated("promise_10_the_data_is_yours", format!("{} is data and metadata", op.name()));
+        }
         if !op.range.is_aligned(align) || !fits {
             return violated("protocol", format!("{} is not aligned to {align} or does not fit", op.name()));
         }
@@ -138,7 +187,10 @@ impl World {
     }
 
     fn latencies(&mut self, disk: usize) -> (u64, u64) {
-        let base = self.plan.latency_ns * self.disks[disk].slow_factor;
+        let target = &self.disks[disk];
+        let stuck_ns = target.stuck_until.since(self.now);
+        let slow_now = if target.slow_until > self.now { SLOW_FACTOR } else { 1 };
+        let base = self.plan.latency_ns * target.slow_factor * slow_now;
         let rng = &mut self.rng;
         let (first, mut second) = (rng.between(1, base), rng.between(1, base));
         if rng.per_mille(10) {
@@ -146,16 +198,18 @@ impl World {
         }
         if self.chaos && self.victim == Some(disk) && self.rng.per_mille(self.plan.faults.hang) {
             second += self.rng.between(SECOND_NS / 10, 5 * SECOND_NS);
+            self.counts.fault(FaultKind::Hang);
         }
-        (first, second)
+        // A disk that is stuck takes some operations in at once and answers all of them late.
+        if self.rng.coin() { (first + stuck_ns, second) } else { (first, second + stuck_ns) }
     }
 
     /// An operation takes effect.
     pub(super) fn apply_op(&mut self, key: OpKey) {
         let Some(mut op) = self.daemon.as_mut().and_then(|daemon| daemon.ops.remove(&key)) else { return };
         let result = match self.fault_for(&op) {
-            Some(errno) => {
-                self.counts.faults += 1;
+            Some((errno, kind)) => {
+                self.counts.fault(kind);
                 let touched = self.daemon.iter().flat_map(|daemon| daemon.requests.keys().copied());
                 self.troubled.extend(touched);
                 self.fail_op(&mut op, errno);
@@ -185,7 +239,7 @@ impl World {
             }
             Kind::Zero(seq) => disk.apply_zero(*seq, op.range, |_| true),
             Kind::Flush(mark) => disk.flush(mark),
-            Kind::ProbeHole => return disk.is_hole(op.range) && self.rng.per_mille(900),
+            Kind::ProbeHole => return disk.is_hole(op.range) && (self.manual || self.rng.per_mille(900)),
         }
         false
     }
@@ -198,6 +252,7 @@ impl World {
             if errno == Errno::EIO && self.plan.faults.flush_loses {
                 let lone = self.in_sync_disks().iter().all(|disk| *disk == op.disk);
                 self.disks[op.disk].disk.lose_cache(mark);
+                self.counts.fault(FaultKind::FlushLosesCache);
                 if lone || !self.plan.within_model {
                     self.oracle.cache_lost();
                 }
@@ -208,6 +263,9 @@ impl World {
     }
 
     fn land(&mut self, op: &mut Op, landing: Landing) {
+        if op.writes() && matches!(landing, Landing::Torn) {
+            self.counts.fault(FaultKind::TornWrite);
+        }
         let disk = &mut self.disks[op.disk].disk;
         let rng = &mut self.rng;
         let mut keep = |_| match landing {

@@ -79,6 +79,8 @@ pub struct Disk {
     changes: u64,
     /// Sectors (by block) that a failed flush lost, with the newest write that was lost; of this life of the daemon.
     lost: BTreeMap<u64, (u8, u64)>,
+    /// The same, of all lives since the last power cut.
+    ever_lost: BTreeMap<u64, u8>,
 }
 
 impl Disk {
@@ -97,6 +99,7 @@ impl Disk {
             meta_epoch: 0,
             changes: 0,
             lost: BTreeMap::new(),
+            ever_lost: BTreeMap::new(),
         }
     }
 
@@ -233,7 +236,8 @@ impl Disk {
     /// Takes the chosen versions out of the history, into the durable image where `keep`. Older versions of
     /// sectors that become durable can never come back.
     fn settle(&mut self, chosen: impl Fn(u64) -> bool, keep: bool) {
-        let (durable, meta_from, lost) = (&mut self.durable, self.meta_from, &mut self.lost);
+        let (durable, meta_from) = (&mut self.durable, self.meta_from);
+        let (lost, ever_lost) = (&mut self.lost, &mut self.ever_lost);
         let mut meta_changed = false;
         self.changes += 1;
         self.history.retain(|block, versions| {
@@ -243,7 +247,7 @@ impl Disk {
                 }
                 let sectors = std::mem::take(&mut versions[at].sectors);
                 if keep {
-                    put_sectors(durable, *block, sectors, versions[at].content.as_deref());
+                    put_sectors(durable, *block, sectors, versions[at].content.as_ref());
                     meta_changed |= *block * BLOCK_BYTES >= meta_from;
                     for older in &mut versions[..at] {
                         older.sectors &= !sectors;
@@ -251,7 +255,11 @@ impl Disk {
                     if let Some((mask, _)) = lost.get_mut(block) {
                         *mask &= !sectors;
                     }
+                    if let Some(mask) = ever_lost.get_mut(block) {
+                        *mask &= !sectors;
+                    }
                 } else {
+                    *ever_lost.entry(*block).or_default() |= sectors;
                     let (mask, newest) = lost.entry(*block).or_default();
                     *mask |= sectors;
                     *newest = versions[at].write.max(*newest);
@@ -284,11 +292,12 @@ impl Disk {
                     Fate::Lost => 0,
                     Fate::Torn => version.sectors & rng.next_u64() as u8,
                 };
-                put_sectors(&mut self.durable, block, sectors, version.content.as_deref());
+                put_sectors(&mut self.durable, block, sectors, version.content.as_ref());
             }
         }
         self.cached = self.durable.clone();
         self.lost.clear();
+        self.ever_lost.clear();
         self.open.clear();
         self.meta_epoch += 1;
     }
@@ -311,6 +320,7 @@ impl Disk {
         self.durable = image.clone();
         self.cached = image;
         self.lost.clear();
+        self.ever_lost.clear();
         self.history.clear();
         self.open.clear();
         self.meta_epoch += 1;
@@ -362,10 +372,51 @@ impl Disk {
             .map(|(block, _)| *block)
     }
 
-    /// The first byte where the durable image differs from the cached view.
+    /// The first byte where the durable image differs from the cached view, but for what failed flushes lost.
     #[must_use]
     pub fn first_not_durable(&self) -> Option<u64> {
-        first_difference(&self.durable, &self.cached, self.bytes)
+        differing_blocks(&self.durable, &self.cached, self.bytes).find_map(|block| {
+            let lost = self.ever_lost.get(&block).copied().unwrap_or(0);
+            let differs = |sector: &u64| {
+                let (mut one, mut other) = ([0; SECTOR], [0; SECTOR]);
+                let at = block * BLOCK_BYTES + sector * SECTOR_BYTES;
+                read_image(&self.durable, at, &mut one);
+                read_image(&self.cached, at, &mut other);
+                lost & (1 << sector) == 0 && one != other
+            };
+            (0..8).find(differs).map(|sector| block * BLOCK_BYTES + sector * SECTOR_BYTES)
+        })
+    }
+
+    /// Shares the memory of blocks that both disks hold alike, so that comparing them again costs nothing.
+    pub fn share_equal(&mut self, other: &Self) {
+        for (mine, theirs) in [(&mut self.durable, &other.durable), (&mut self.cached, &other.cached)] {
+            for (block, content) in mine.iter_mut() {
+                match theirs.get(block) {
+                    Some(same) if !Rc::ptr_eq(content, same) && *content == *same => {
+                        *content = Rc::clone(same);
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    /// Whether failed flushes lost something under `limit` bytes that reads still show.
+    #[must_use]
+    pub fn has_lost(&self, limit: u64) -> bool {
+        let mut lost = self.ever_lost.range(..limit.div_ceil(BLOCK_BYTES)).filter(|(_, mask)| **mask != 0);
+        lost.any(|(block, _)| {
+            let zero = [0; BLOCK];
+            let of = |image: &Image| image.get(block).map_or(zero, |content| **content);
+            of(&self.durable) != of(&self.cached)
+        })
+    }
+
+    /// What a power cut leaves for certain.
+    #[must_use]
+    pub fn durable_image(&self) -> &Image {
+        &self.durable
     }
 
     /// The cached view's blocks.
@@ -375,13 +426,13 @@ impl Disk {
     }
 }
 
-fn put_sectors(image: &mut Image, block: u64, sectors: u8, content: Option<&[u8; BLOCK]>) {
+fn put_sectors(image: &mut Image, block: u64, sectors: u8, content: Option<&Rc<[u8; BLOCK]>>) {
     if sectors == 0 {
         return;
     }
     if sectors == ALL_SECTORS {
         match content {
-            Some(content) => image.insert(block, Rc::new(*content)),
+            Some(content) => image.insert(block, Rc::clone(content)),
             None => image.remove(&block),
         };
         return;
@@ -412,23 +463,69 @@ pub fn read_image(image: &Image, offset: u64, out: &mut [u8]) {
     }
 }
 
+/// Whether `image` reads as `data` at `offset`.
+#[must_use]
+pub fn image_holds(image: &Image, offset: u64, data: &[u8]) -> bool {
+    let end = offset + data.len() as u64;
+    let mut at = offset;
+    while at < end {
+        let within = (at % BLOCK_BYTES) as usize;
+        let len = (BLOCK - within).min((end - at) as usize);
+        let piece = &data[(at - offset) as usize..][..len];
+        let same = match image.get(&(at / BLOCK_BYTES)) {
+            Some(block) => *piece == block[within..within + len],
+            None => piece.iter().all(|byte| *byte == 0),
+        };
+        if !same {
+            return false;
+        }
+        at += len as u64;
+    }
+    true
+}
+
+/// Whether `image` reads as zeroes in `range`, which is aligned to blocks.
+#[must_use]
+pub fn image_is_zero(image: &Image, range: ByteRange) -> bool {
+    assert!(range.is_aligned(BLOCK_BYTES));
+    let mut blocks = image.range(range.offset / BLOCK_BYTES..range.end() / BLOCK_BYTES);
+    blocks.all(|(_, block)| block.iter().all(|byte| *byte == 0))
+}
+
+/// Blocks under `limit` bytes in which two images differ, in order.
+pub fn differing_blocks<'a>(a: &'a Image, b: &'a Image, limit: u64) -> impl Iterator<Item = u64> + 'a {
+    let same = |x: Option<&Rc<[u8; BLOCK]>>, y: Option<&Rc<[u8; BLOCK]>>| match (x, y) {
+        (Some(x), Some(y)) => Rc::ptr_eq(x, y) || x == y,
+        (Some(one), None) | (None, Some(one)) => one.iter().all(|byte| *byte == 0),
+        (None, None) => true,
+    };
+    let blocks = ..limit.div_ceil(BLOCK_BYTES);
+    let (mut left, mut right) = (a.range(blocks).peekable(), b.range(blocks).peekable());
+    std::iter::from_fn(move || {
+        loop {
+            let block = match (left.peek(), right.peek()) {
+                (None, None) => return None,
+                (Some((x, _)), Some((y, _))) => **x.min(y),
+                (Some((x, _)), None) => **x,
+                (None, Some((y, _))) => **y,
+            };
+            let x = left.next_if(|(at, _)| **at == block).map(|(_, content)| content);
+            let y = right.next_if(|(at, _)| **at == block).map(|(_, content)| content);
+            if !same(x, y) {
+                return Some(block);
+            }
+        }
+    })
+}
+
 /// The first byte under `limit` where two images differ.
 #[must_use]
 pub fn first_difference(a: &Image, b: &Image, limit: u64) -> Option<u64> {
     let zero = Rc::new([0; BLOCK]);
-    let blocks: BTreeSet<u64> = a.keys().chain(b.keys()).copied().collect();
-    for block in blocks {
-        let (x, y) = (a.get(&block).unwrap_or(&zero), b.get(&block).unwrap_or(&zero));
-        if Rc::ptr_eq(x, y) || x == y {
-            continue;
-        }
-        let at = (0..BLOCK).find(|i| x[*i] != y[*i]).map_or(0, |i| i as u64);
-        let byte = block * BLOCK_BYTES + at;
-        if byte < limit {
-            return Some(byte);
-        }
-    }
-    None
+    let block = differing_blocks(a, b, limit).next()?;
+    let (x, y) = (a.get(&block).unwrap_or(&zero), b.get(&block).unwrap_or(&zero));
+    let at = (0..BLOCK).find(|i| x[*i] != y[*i]).map_or(0, |i| i as u64);
+    Some(block * BLOCK_BYTES + at)
 }
 
 #[cfg(test)]
@@ -494,7 +591,8 @@ mod tests {
         disk.lose_cache(&disk.flush_mark());
         disk.flush(&disk.flush_mark());
         assert_eq!(byte(&disk, 9), 1);
-        assert_eq!(disk.first_not_durable(), Some(0));
+        assert!(disk.first_not_durable().is_none() && disk.has_lost(65536) && !disk.has_lost(0));
+        assert_eq!(first_difference(disk.durable_image(), disk.image(), 65536), Some(0));
         disk.power_cut(&mut Rng::new(1), CutMode::KeepAll);
         assert_eq!(byte(&disk, 9), 0);
     }

@@ -9,10 +9,11 @@ use nix::errno::Errno;
 use crate::mirror::event::{AdminCommand, AdminError, AdminId, Candidate, Event};
 use crate::units::{BLOCK_BYTES, MILLISECOND_NS, ReplicaSlot, SECOND_NS, SECTOR_BYTES};
 
+use super::counts::FaultKind;
 use super::device::{Kind, Op};
 use super::disk::CutMode;
 use super::rng::Rng;
-use super::world::{Checked, FailNext, Wake, World, violated};
+use super::world::{Checked, Daemon, FailNext, SimDisk, Wake, World, violated};
 
 /// A fault that strikes at its time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -27,11 +28,30 @@ pub enum Fault {
     Outage,
     /// A disk, or all, have no room for a while.
     Full,
+    /// A disk is much slower for a while.
+    Slow,
+    /// A disk answers nothing for a while.
+    Stuck,
+    /// A metadata sector rots.
+    Rot,
     /// An operator does something.
     Admin,
+    /// An operator asks for the status.
+    Status,
 }
 
-const FAULTS: [Fault; 6] = [Fault::Aim, Fault::Kill, Fault::Cut, Fault::Outage, Fault::Full, Fault::Admin];
+const FAULTS: [Fault; 10] = [
+    Fault::Aim,
+    Fault::Kill,
+    Fault::Cut,
+    Fault::Outage,
+    Fault::Full,
+    Fault::Slow,
+    Fault::Stuck,
+    Fault::Rot,
+    Fault::Admin,
+    Fault::Status,
+];
 
 impl CutMode {
     /// What a power cut does this time.
@@ -56,7 +76,11 @@ impl World {
             Fault::Cut => rates.cut_pause_ns,
             Fault::Outage => rates.outage_pause_ns,
             Fault::Full => rates.full_pause_ns,
+            Fault::Slow => rates.slow_pause_ns,
+            Fault::Stuck => rates.stuck_pause_ns,
+            Fault::Rot => rates.rot_pause_ns,
             Fault::Admin => rates.admin_pause_ns,
+            Fault::Status => rates.status_pause_ns,
         };
         if pause_ns > 0 {
             let delay = self.rng.between(1, 2 * pause_ns);
@@ -67,11 +91,8 @@ impl World {
     /// A fault strikes.
     pub(super) fn fault_strikes(&mut self, fault: Fault) -> Checked {
         self.rearm(fault);
-        if !self.chaos || self.daemon.is_none() {
+        if !self.chaos || self.daemon.is_none() || self.read_only {
             return Ok(());
-        }
-        if fault != Fault::Aim {
-            self.counts.faults += 1;
         }
         match fault {
             Fault::Aim => self.aim(),
@@ -80,15 +101,44 @@ impl World {
             Fault::Outage => {
                 if let Some(disk) = self.target() {
                     self.trace(|| format!("disk {disk} is gone"));
+                    self.counts.fault(FaultKind::Outage);
                     self.disks[disk].gone = true;
                     let back = self.rng.between(MILLISECOND_NS, 3 * SECOND_NS);
                     self.wake_in(back, Wake::Better(disk));
                 }
             }
             Fault::Full => self.fill_up(),
+            Fault::Slow | Fault::Stuck => self.slow_down(fault),
+            Fault::Rot => {
+                if let Some(disk) = self.target() {
+                    self.counts.fault(FaultKind::RotRunning);
+                    self.rot(disk);
+                    self.disks[disk].rotten = true;
+                    self.meta[disk].forget();
+                }
+            }
+            Fault::Status => {
+                self.counts.fault(FaultKind::AdminStatus);
+                return self.status_is_true();
+            }
             Fault::Admin => return self.admin_strikes(),
         }
         Ok(())
+    }
+
+    /// The disk that faults are aimed at (any, where nothing is promised) is slow or stuck for a while. Being late is
+    /// no failure, so no other disk has to be well.
+    fn slow_down(&mut self, fault: Fault) {
+        let disk = self.rng.below(self.disks.len() as u64) as usize;
+        let until = self.now.plus(self.rng.between(MILLISECOND_NS, SECOND_NS));
+        self.trace(|| format!("disk {disk}: {fault:?}"));
+        if fault == Fault::Slow {
+            self.counts.fault(FaultKind::Slow);
+            self.disks[disk].slow_until = until;
+        } else {
+            self.counts.fault(FaultKind::Stuck);
+            self.disks[disk].stuck_until = until;
+        }
     }
 
     fn aim(&mut self) {
@@ -100,7 +150,12 @@ impl World {
         let requests = self.daemon.as_ref().map(|daemon| &daemon.requests);
         self.troubled.retain(|id| requests.is_some_and(|requests| requests.contains_key(id)));
         let pending_error = pending_error || !self.troubled.is_empty();
-        let quiet = self.disks.iter().all(|disk| !disk.gone && !disk.full) && !pending_error;
+        // A disk whose cache was lost is not well before that is written anew, whether the daemon that heard of it
+        // lived to record it or not.
+        let well = |disk: &SimDisk| {
+            !disk.gone && !disk.full && !disk.foreign && !disk.disk.has_lost(self.plan.volume_bytes)
+        };
+        let quiet = self.disks.iter().all(well) && !pending_error;
         let all_in_sync = self.in_sync_disks().len() == self.disks.len();
         if !self.plan.within_model || (quiet && all_in_sync && self.all_recorded_in_sync()) {
             self.suspect = self.suspect.filter(|_| !self.plan.within_model);
@@ -124,6 +179,7 @@ impl World {
     }
 
     fn fill_up(&mut self) {
+        self.counts.fault(FaultKind::Full);
         if self.plan.faults.full_everywhere {
             self.trace(|| "all disks are full".to_owned());
             self.excused = true;
@@ -143,21 +199,21 @@ impl World {
     }
 
     /// Whether an operation fails, and how.
-    pub(super) fn fault_for(&mut self, op: &Op) -> Option<Errno> {
+    pub(super) fn fault_for(&mut self, op: &Op) -> Option<(Errno, FaultKind)> {
         let disk = &self.disks[op.disk];
         if disk.gone {
-            return Some(Errno::ENODEV);
+            return Some((Errno::ENODEV, FaultKind::NoDevice));
         }
-        if self.script_says_no(op) {
-            return Some(Errno::EIO);
+        if let Some(kind) = self.script_says_no(op) {
+            return Some((Errno::EIO, kind));
         }
         let disk = &self.disks[op.disk];
         if disk.full && op.writes() && op.range.offset < self.plan.volume_bytes {
-            return Some(Errno::ENOSPC);
+            return Some((Errno::ENOSPC, FaultKind::NoSpace));
         }
         if disk.unseen_error && matches!(op.kind, Kind::Flush(_)) {
             self.disks[op.disk].unseen_error = false;
-            return Some(Errno::EIO);
+            return Some((Errno::EIO, FaultKind::LateFlushError));
         }
         let aimed = if self.plan.within_model {
             self.victim == Some(op.disk) && self.another_is_well(op.disk)
@@ -165,33 +221,50 @@ impl World {
             true
         };
         let rates = &self.plan.faults;
-        let per_mille = match op.kind {
-            Kind::Read(_) => rates.read_error,
-            Kind::Write { .. } | Kind::Zero(_) => rates.write_error,
-            Kind::Flush(_) => rates.flush_error,
-            Kind::ProbeHole => 0,
+        let (per_mille, kind) = match op.kind {
+            Kind::Read(_) => (rates.read_error, FaultKind::ReadError),
+            Kind::Write { .. } | Kind::Zero(_) => (rates.write_error, FaultKind::WriteError),
+            Kind::Flush(_) => (rates.flush_error, FaultKind::FlushError),
+            Kind::ProbeHole => return None,
         };
-        (self.chaos && aimed && self.rng.per_mille(per_mille)).then_some(Errno::EIO)
+        (self.chaos && aimed && self.rng.per_mille(per_mille)).then_some((Errno::EIO, kind))
     }
 
     /// Whether a scripted fault waits for this operation; it strikes once.
-    fn script_says_no(&mut self, op: &Op) -> bool {
-        let kind = match op.kind {
-            Kind::Read(_) => FailNext::Read,
-            Kind::Write { .. } | Kind::Zero(_) => FailNext::Write,
-            Kind::Flush(_) => FailNext::Flush,
-            Kind::ProbeHole => return false,
+    fn script_says_no(&mut self, op: &Op) -> Option<FaultKind> {
+        let (next, kind) = match op.kind {
+            Kind::Read(_) => (FailNext::Read, FaultKind::ReadError),
+            Kind::Write { .. } | Kind::Zero(_) => (FailNext::Write, FaultKind::WriteError),
+            Kind::Flush(_) => (FailNext::Flush, FaultKind::FlushError),
+            Kind::ProbeHole => return None,
         };
-        let waits = self.next_fails.iter().position(|fail| *fail == (op.disk, kind));
-        waits.map(|at| self.next_fails.remove(at)).is_some()
+        let waits = self.next_fails.iter().position(|fail| *fail == (op.disk, next))?;
+        self.next_fails.remove(waits);
+        Some(kind)
     }
 
     /// The daemon dies, things happen to its disks, it starts again.
     pub(super) fn crash_and_restart(&mut self, cut: bool) -> Checked {
         let victim = self.target();
         let all_in_sync = self.in_sync_disks().len() == self.disks.len();
+        self.count_crash(cut);
         self.crash(cut);
         self.back_up(victim, all_in_sync)
+    }
+
+    /// In the middle of what the crash falls.
+    fn count_crash(&mut self, cut: bool) {
+        let Some(daemon) = &self.daemon else { return };
+        let metadata = |op: &Op| op.writes() && op.range.offset >= self.plan.volume_bytes;
+        let resync = !daemon.resyncing.is_empty() || daemon.mirror.status(self.now).unsynced_bytes > 0;
+        let moments = [
+            (true, if cut { FaultKind::PowerCut } else { FaultKind::Kill }),
+            (resync, FaultKind::CrashInResync),
+            (!daemon.mirror.is_open(), FaultKind::CrashInOpening),
+            (daemon.ops.values().any(metadata), FaultKind::CrashInMetadata),
+            (daemon.stopping && daemon.stopped.is_none(), FaultKind::CrashInStop),
+        ];
+        moments.into_iter().filter(|(so, _)| *so).for_each(|(_, kind)| self.counts.fault(kind));
     }
 
     /// What happens while the daemon is down, and its start.
@@ -202,6 +275,7 @@ impl World {
         let lone = |victim: &usize| self.holders.iter().all(|holder| holder == victim);
         if let Some(victim) = victim.filter(|victim| !self.disks[*victim].gone && !lone(victim)) {
             self.holders.retain(|holder| *holder != victim);
+            let own = !self.disks[victim].foreign;
             let starts = self.counts.starts;
             let copy = self.disks[victim].disk.snapshot();
             // History goes back a number of generations; an older copy is refused (rightly).
@@ -209,20 +283,32 @@ impl World {
             if self.rng.per_mille(rates.old_copy) && !self.disks[victim].copies.is_empty() {
                 let which = self.rng.below(self.disks[victim].copies.len() as u64) as usize;
                 self.trace(|| format!("disk {victim}: an old copy is put back"));
+                self.counts.fault(FaultKind::OldCopy);
                 let old = self.disks[victim].copies[which].1.clone();
                 self.disks[victim].disk.put_back(old);
+                self.disks[victim].foreign = false;
                 self.suspect = Some(victim);
             } else if self.rng.per_mille(rates.blank) {
                 self.trace(|| format!("disk {victim}: replaced by a blank one"));
+                self.counts.fault(FaultKind::Blank);
                 self.replace_disk(victim);
+            } else if self.rng.per_mille(rates.foreign) {
+                self.trace(|| format!("disk {victim}: another volume's replica stands there"));
+                self.counts.fault(FaultKind::Foreign);
+                self.make_foreign(victim)?;
             } else if self.rng.per_mille(rates.rot) {
+                self.counts.fault(FaultKind::Rot);
                 self.rot(victim);
             }
-            if self.disks[victim].copies.len() < 3 {
+            if self.disks[victim].copies.len() < 3 && own {
                 self.disks[victim].copies.push((starts, copy));
             }
             forgotten = self.rng.per_mille(rates.forgotten).then_some(victim);
+            if forgotten.is_some() {
+                self.counts.fault(FaultKind::Forgotten);
+            }
         }
+        self.promise_8_stale_alone()?;
         if all_in_sync && self.suspect.is_none() && self.rng.per_mille(rates.split_brain) {
             return self.split_brain();
         }
@@ -232,7 +318,48 @@ impl World {
         if self.holders.iter().all(|disk| self.disks[*disk].gone) {
             self.disks.iter_mut().for_each(|disk| disk.gone = false);
         }
-        self.start(&disks)
+        if self.rng.per_mille(rates.read_only) {
+            self.counts.fault(FaultKind::ReadOnly);
+            self.read_only_run(&disks)?;
+        }
+        if self.beyond_repair { Ok(()) } else { self.start(&disks) }
+    }
+
+    /// The volume is served read-only for some requests and killed.
+    fn read_only_run(&mut self, disks: &[usize]) -> Checked {
+        let holders = self.holders.clone();
+        let source = |world: &Self| world.assemble(disks).ok().map(|(assembly, _)| assembly.source);
+        let source_before = source(self);
+        self.read_only = true;
+        self.start(disks)?;
+        // Nothing of what it answers in dirty regions is recorded: the next start will have the same source, but if
+        // that is lost before these regions are synced, another answer is legal (see docs/design.md).
+        let dirty = |daemon: &Daemon| daemon.mirror.status(self.now).dirty_bytes > 0;
+        let before = self.daemon.as_ref().is_some_and(dirty).then(|| self.oracle.clone());
+        if self.daemon.is_some() {
+            let left = std::mem::replace(&mut self.requests_left, 10);
+            let done = self.run_until(600 * SECOND_NS, |world| {
+                world.requests_left == 0
+                    && world.daemon.as_ref().is_none_or(|daemon| daemon.requests.is_empty())
+            })?;
+            self.requests_left = left;
+            if !done {
+                return violated("liveness", "requests to a volume served read-only are not answered");
+            }
+            self.crash(false);
+        }
+        if let Some(before) = before {
+            self.oracle = before;
+        }
+        if source(self) != source_before {
+            return violated(
+                "read_only",
+                "the source of unsynced regions changed though nothing was written",
+            );
+        }
+        self.read_only = false;
+        self.holders = holders;
+        Ok(())
     }
 
     fn rot(&mut self, disk: usize) {
@@ -251,7 +378,6 @@ impl World {
         if daemon.stopping {
             return Ok(());
         }
-        let _ = daemon.mirror.status(self.now);
         let attached: Vec<usize> = daemon.attached.iter().flatten().copied().collect();
         let spare: Vec<usize> =
             (0..self.disks.len()).filter(|d| !attached.contains(d) && !self.disks[*d].gone).collect();
@@ -259,13 +385,22 @@ impl World {
             0..=4 if !spare.is_empty() => {
                 let disk = spare[self.rng.below(spare.len() as u64) as usize];
                 let force = self.rng.coin();
+                self.counts.fault(FaultKind::AdminAdd);
                 self.admin_add(disk, force)
             }
-            5 => self.stop_and_restart(),
+            5 => {
+                self.counts.fault(FaultKind::AdminStop);
+                self.stop_and_restart()
+            }
             choice => {
                 let Some(disk) = self.target() else { return Ok(()) };
                 let Some(slot) = self.slot_of(disk) else { return Ok(()) };
-                let command = if choice < 8 { AdminCommand::Fail(slot) } else { AdminCommand::Remove(slot) };
+                let (command, kind) = if choice < 8 {
+                    (AdminCommand::Fail(slot), FaultKind::AdminFail)
+                } else {
+                    (AdminCommand::Remove(slot), FaultKind::AdminRemove)
+                };
+                self.counts.fault(kind);
                 self.admin(command, None)
             }
         }
@@ -299,6 +434,12 @@ impl World {
         if offered.is_some() && daemon.admins.values().any(|other| *other == offered) {
             return Ok(()); // it is locked by the command before
         }
+        if let AdminCommand::Add(candidate) = &command
+            && !candidate.force
+            && offered.is_some_and(|disk| self.disks[disk].foreign)
+        {
+            self.must_refuse.insert(id);
+        }
         daemon.admins.insert(id, offered);
         if matches!(command, AdminCommand::Stop) {
             (daemon.stopping, daemon.stop_id) = (true, id);
@@ -312,6 +453,12 @@ impl World {
         let Some(daemon) = &mut self.daemon else { return Ok(()) };
         if daemon.admins.remove(&id.0).is_none() {
             return violated("protocol", format!("admin command {} is answered twice", id.0));
+        }
+        if self.must_refuse.remove(&id.0) && result.is_ok() {
+            return violated(
+                "promise_8_foreign_untouched",
+                "another volume's replica is added without --force",
+            );
         }
         if daemon.stopping && daemon.stop_id == id.0 {
             daemon.stopped = Some(result.is_ok());
@@ -373,6 +520,7 @@ impl World {
             let all: Vec<usize> = (0..self.disks.len()).collect();
             return self.start(&all);
         }
+        self.counts.fault(FaultKind::Split);
         self.trace(|| "SPLIT: each side is started without the other".to_owned());
         let all: Vec<usize> = (0..self.disks.len()).collect();
         let (left, right) = all.split_at(1 + self.rng.below(all.len() as u64 - 1) as usize);

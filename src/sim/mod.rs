@@ -3,20 +3,26 @@
 //! - `rng`, `plan`: chance, and what it decides for a seed.
 //! - `disk`: a disk with a volatile cache. `oracle`: what a read may return.
 //! - `world`: the event loop; `device`, `client`, `faults`, `boot`: what happens in it.
-//! - `promises`: one check a promise. `run`: a seed from create to stop. `swarm`: many seeds.
+//! - `counts`: what happened, by kind.
+//! - `promises`: one check a promise; `recovery`: of what a crash would leave; `status_check`: of what is shown. `run`: a seed from create to stop. `swarm`: many seeds; `bugs`: with planted bugs.
 //!
 //! A new fault is one place (`faults.rs`, with its rate in `plan.rs`), a new promise is one place (`promises.rs`).
 
 pub mod boot;
+pub mod bugs;
 pub mod client;
+pub mod counts;
 pub mod device;
 pub mod disk;
 pub mod faults;
 pub mod oracle;
 pub mod plan;
 pub mod promises;
+pub mod recovery;
 pub mod rng;
 pub mod run;
+pub mod small;
+pub mod status_check;
 pub mod steps;
 pub mod swarm;
 pub mod world;

@@ -29,12 +29,24 @@ pub struct FaultRates {
     pub full_pause_ns: u64,
     /// All disks are full at the same time.
     pub full_everywhere: bool,
-    /// An operator fails, removes, adds.
+    /// A disk is many times slower for a while.
+    pub slow_pause_ns: u64,
+    /// A disk answers nothing for a while.
+    pub stuck_pause_ns: u64,
+    /// A metadata sector rots while the daemon runs.
+    pub rot_pause_ns: u64,
+    /// An operator fails, removes, adds, stops.
     pub admin_pause_ns: u64,
+    /// An operator asks for the status.
+    pub status_pause_ns: u64,
     /// While down: a disk's content is replaced by an older copy, per mille of restarts.
     pub old_copy: u64,
     /// While down: a disk is replaced by a blank one, per mille of restarts.
     pub blank: u64,
+    /// While down: another volume's replica stands at a disk's path, per mille of restarts.
+    pub foreign: u64,
+    /// While down: the volume is served read-only first, per mille of restarts.
+    pub read_only: u64,
     /// While down: a metadata sector rots, per mille of restarts.
     pub rot: u64,
     /// While down: both sides are run alone, then together, per mille of restarts.
@@ -58,6 +70,8 @@ pub struct Mix {
     pub hot_spots: u64,
     /// Whole-volume zeroes and trims, per mille of those.
     pub whole: u64,
+    /// Wrong or hostile requests, per mille.
+    pub hostile: u64,
 }
 
 /// One seed's world.
@@ -90,6 +104,8 @@ pub struct Plan {
     pub within_model: bool,
     /// The faults.
     pub faults: FaultRates,
+    /// Replicas that are write-mostly, per mille of slots at each start.
+    pub write_mostly: u64,
     /// The core's setting.
     pub intent_idle_ns: u64,
     /// The core's setting.
@@ -123,6 +139,7 @@ impl Plan {
             slow_factor: rng.pick(&[1, 1, 10]),
             within_model,
             faults: FaultRates::draw(&mut rng, replicas, within_model),
+            write_mostly: rng.pick(&[0, 0, 300, 1000]),
             intent_idle_ns: rng.pick(&[5, 50, 500, 5000]) * MILLISECOND_NS,
             resync_jobs_max: rng.between(1, 6) as usize,
         }
@@ -145,6 +162,7 @@ impl Mix {
             len_max: rng.pick(&[512, 4096, 16384, 131_072]).min(volume_bytes),
             hot_spots: rng.pick(&[0, 1, 3, 10]),
             whole: if large { 0 } else { rng.pick(&[0, 0, 100]) },
+            hostile: rng.pick(&[0, 5, 50]),
         }
     }
 }
@@ -155,6 +173,8 @@ impl FaultRates {
             if rng.per_mille(per_mille) { values[rng.below(values.len() as u64) as usize] } else { 0 }
         };
         let pauses = &[20 * MILLISECOND_NS, 200 * MILLISECOND_NS, SECOND_NS];
+        // What only delays, or needs no crash to be seen, comes more rarely: the world is to get somewhere, too.
+        let long = &[200 * MILLISECOND_NS, SECOND_NS, 5 * SECOND_NS];
         let mut rates = Self {
             read_error: sometimes(300, &[2, 20, 200]),
             write_error: sometimes(300, &[2, 10, 100]),
@@ -166,9 +186,15 @@ impl FaultRates {
             outage_pause_ns: sometimes(400, pauses),
             full_pause_ns: sometimes(150, pauses),
             full_everywhere: sometimes(300, &[1]) == 1,
+            slow_pause_ns: sometimes(200, long),
+            stuck_pause_ns: sometimes(150, long),
+            rot_pause_ns: sometimes(200, long),
             admin_pause_ns: sometimes(350, pauses),
+            status_pause_ns: sometimes(500, long),
             old_copy: sometimes(200, &[100, 400]),
             blank: sometimes(200, &[100, 300]),
+            foreign: sometimes(200, &[100, 300]),
+            read_only: sometimes(250, &[100, 400]),
             rot: sometimes(300, &[100, 500]),
             split_brain: sometimes(150, &[200, 500]),
             forgotten: sometimes(300, &[100, 400]),
@@ -179,6 +205,10 @@ impl FaultRates {
                 kill_pause_ns: rates.kill_pause_ns,
                 cut_pause_ns: rates.cut_pause_ns,
                 hang: rates.hang,
+                slow_pause_ns: rates.slow_pause_ns,
+                stuck_pause_ns: rates.stuck_pause_ns,
+                status_pause_ns: rates.status_pause_ns,
+                read_only: rates.read_only,
                 admin_pause_ns: rates.admin_pause_ns,
                 full_pause_ns: rates.full_pause_ns,
                 full_everywhere: true,

@@ -4,15 +4,17 @@
 //! |---|---|
 //! | 1 intent before data | when a data write is submitted |
 //! | 2 failure before ack | when a write is answered |
-//! | 3 one order | when an operation is submitted |
-//! | 4 clean means clean | whenever durable metadata or the set of in-sync replicas changes |
+//! | 3 one order | when an operation is submitted; no buffer changes in flight (`device.rs`) |
+//! | 4 clean means clean | whenever durable metadata or the set of in-sync replicas changes; after each stop (`run.rs`) |
 //! | 5 one answer | when a read is answered (`oracle.rs`) |
-//! | 6 never the last | after each step; and no request fails while a replica is well (`client.rs`) |
-//! | 7 idempotent recovery | by crashes at any time (`faults.rs`) and all the others |
-//! | 8 no silent rollback | by split brains and old copies (`faults.rs`) |
+//! | 6 never the last | after each step; no durable superblock is without one in sync; no request fails while a replica is well (`client.rs`) |
+//! | 7 idempotent recovery | what a crash now would leave (`recovery.rs`), also during recovery and resync; what is written comes from a client or an in-sync replica |
+//! | 8 no silent rollback | each start: stale maps, bytes (`recovery.rs`), stale replicas alone, splits, old copies, other volumes (`faults.rs`, `boot.rs`) |
 //! | 9 a flush is a flush | when a flush or a FUA write is answered |
-//! | 10 the data is yours | after each orderly stop |
-//! | 11 | nothing panics (`run.rs`) |
+//! | 10 the data is yours | after each create and orderly stop; no operation crosses the end of the data (`device.rs`) |
+//! | 11 bad input | when a wrong request is sent (`client.rs`); nothing panics (`run.rs`) |
+//!
+//! Besides: the status is true (`status_check.rs`), and after the faults everything heals within a bound (`run.rs`).
 
 use std::io;
 
@@ -24,7 +26,7 @@ use crate::units::{BLOCK_BYTES, ByteRange, RegionIndex, ReplicaSlot};
 
 use super::client::{Asked, Pending};
 use super::device::{Kind, Op};
-use super::disk::{first_difference, read_image};
+use super::disk::{first_difference, image_holds, image_is_zero, read_image};
 use super::world::{Checked, World, violated};
 
 /// What stands durably in one disk's metadata, decoded when it changes.
@@ -47,6 +49,11 @@ impl MetaView {
         *self = Self::default();
     }
 
+    /// What stands there.
+    pub(super) fn found(&self) -> Option<&Found> {
+        self.found.as_ref()
+    }
+
     fn intent(&self, region: RegionIndex) -> bool {
         self.found.as_ref().is_none_or(|found| found.maps.intent[region.index()])
     }
@@ -63,7 +70,7 @@ impl MetaView {
 
 impl World {
     /// Brings the view of a disk's durable metadata up to date. A cleared intent bit is judged here.
-    fn refresh_meta(&mut self, index: usize) -> Checked {
+    pub(super) fn refresh_meta(&mut self, index: usize) -> Checked {
         let disk = &self.disks[index];
         let epoch = disk.disk.meta_epoch();
         if self.meta[index].epoch == Some(epoch) {
@@ -78,12 +85,19 @@ impl World {
         let before = std::mem::replace(&mut view.found, found);
         view.epoch = Some(epoch);
         view.look = true;
-        let (Some(before), Some(after)) = (before, &view.found) else { return Ok(()) };
+        let Some(after) = &view.found else { return Ok(()) };
+        if !after.superblock.members().any(|(_, member)| member.state == MemberState::InSync) {
+            return violated(
+                "promise_6_never_the_last",
+                format!("disk {index}: by its superblock no replica is in sync"),
+            );
+        }
+        let Some(before) = before else { return Ok(()) };
         let cleared = before.maps.intent.clone() & !after.maps.intent.clone();
         for region in cleared.iter_ones() {
             for (slot, _) in after.superblock.members() {
-                // One that comes back says itself what it missed, in regions that were clean before too.
-                let back = self.daemon.as_ref().is_some_and(|daemon| daemon.resyncing.contains(slot));
+                // One that comes (or came) back says itself what it missed, in regions that were clean before too.
+                let back = self.daemon.as_ref().is_some_and(|daemon| daemon.ever_resyncing.contains(slot));
                 if !back && after.maps.stale[slot.index()][region] && before.maps.stale[slot.index()][region]
                 {
                     return violated(
@@ -105,20 +119,21 @@ impl World {
     }
 
     /// Promise 1: no data write reaches any replica before its region's intent bit is durable on every in-sync
-    /// replica. (A copy to a replica that is not in sync may rely on that replica's stale bit instead, or on not
-    /// being counted as in sync, or on changing nothing.)
+    /// replica. A copy of what an in-sync replica holds, to one that is not in sync, may rely on that replica's stale
+    /// bit instead, or on its not being counted as in sync, or on changing nothing: it brings nothing new.
     pub(super) fn promise_1_intent_before_data(&mut self, op: &Op) -> Checked {
         if !op.writes() || op.range.offset >= self.plan.volume_bytes {
             return Ok(());
         }
         let in_sync = self.daemon.as_ref().is_some_and(|daemon| daemon.in_sync.contains(op.slot));
-        let changes = in_sync || self.changes_anything(op);
+        let news = in_sync || !self.in_sync_disks().iter().any(|disk| self.holds(*disk, op));
+        let changes = news || !self.holds(op.disk, op);
         for disk in self.in_sync_disks() {
             self.refresh_meta(disk)?;
             let view = &self.meta[disk];
             for region in self.data_regions(op.range) {
-                let counts = in_sync || view.counts_in_sync(op.slot) && changes;
-                if counts && !view.intent(region) && (in_sync || !view.stale(op.slot, region)) {
+                let counts = news || view.counts_in_sync(op.slot) && changes;
+                if counts && !view.intent(region) && (news || !view.stale(op.slot, region)) {
                     return violated(
                         "promise_1_intent_before_data",
                         format!("write to slot {} in region {}: no bit on disk {disk}", op.slot, region.0),
@@ -129,13 +144,81 @@ impl World {
         Ok(())
     }
 
-    /// Whether the bytes that `op` writes differ from what its disk has there.
-    fn changes_anything(&self, op: &Op) -> bool {
-        let mut now = vec![0; op.range.len as usize];
-        read_image(self.disks[op.disk].disk.image(), op.range.offset, &mut now);
+    /// Whether `disk` reads already as if `op` had been done on it.
+    fn holds(&self, disk: usize, op: &Op) -> bool {
+        let image = self.disks[disk].disk.image();
         match &op.kind {
-            Kind::Write { data, .. } => now != *data,
-            _ => now.iter().any(|byte| *byte != 0),
+            Kind::Write { data, .. } => image_holds(image, op.range.offset, data),
+            _ => image_is_zero(image, op.range),
+        }
+    }
+
+    /// What `disk` reads where `op` writes.
+    fn read_like(&self, disk: usize, op: &Op) -> Vec<u8> {
+        let mut now = vec![0; op.range.len as usize];
+        read_image(self.disks[disk].disk.image(), op.range.offset, &mut now);
+        now
+    }
+
+    /// Promises 5 and 7: data comes from clients or from a replica in sync, never from one that missed writes. What
+    /// is written is what some in-sync replica holds, but for the bytes of client writes in flight.
+    pub(super) fn promise_7_only_from_in_sync(&self, op: &Op) -> Checked {
+        let Some(daemon) = &self.daemon else { return Ok(()) };
+        if !op.writes() || op.range.offset >= self.plan.volume_bytes {
+            return Ok(());
+        }
+        let in_sync = self.in_sync_disks();
+        if in_sync.iter().any(|disk| self.holds(*disk, op)) {
+            return Ok(());
+        }
+        let writes: Vec<&Pending> = daemon
+            .requests
+            .values()
+            .filter(|pending| pending.asked.writes() && pending.range.overlaps(op.range))
+            .collect();
+        // Mostly it is one client's bytes and nothing else: no need to look at them one by one.
+        if let Kind::Write { data, .. } = &op.kind
+            && writes.iter().any(|pending| {
+                let inside = pending.range.offset <= op.range.offset && op.range.end() <= pending.range.end();
+                inside && pending.value.matches(op.range.offset, data)
+            })
+        {
+            return Ok(());
+        }
+        let bases: Vec<Vec<u8>> = in_sync.iter().map(|disk| self.read_like(*disk, op)).collect();
+        let from_client = |at: u64, byte: u8| {
+            writes.iter().any(|pending| {
+                let inside = pending.range.offset <= at && at < pending.range.end();
+                inside && pending.value.matches(at, &[byte])
+            })
+        };
+        // Most bytes are those of one client write as a whole.
+        let whole: Vec<std::ops::Range<usize>> = writes.iter().filter_map(|p| op.part_of(p)).collect();
+        let mut at = 0;
+        let foreign = loop {
+            if at >= op.range.len as usize {
+                break None;
+            }
+            if let Some(part) = whole.iter().find(|part| part.contains(&at)) {
+                at = part.end;
+                continue;
+            }
+            let byte = op.byte(at);
+            if !bases.iter().any(|base| base[at] == byte) && !from_client(op.range.offset + at as u64, byte) {
+                break Some(at);
+            }
+            at += 1;
+        };
+        match foreign {
+            None => Ok(()),
+            Some(at) => violated(
+                "promise_7_only_from_in_sync",
+                format!(
+                    "byte {} written to slot {} is no client's and on no in-sync replica",
+                    op.range.offset + at as u64,
+                    op.slot
+                ),
+            ),
         }
     }
 
@@ -158,6 +241,10 @@ impl World {
             }
         }
         let survivors = self.in_sync_disks();
+        // Beyond the fault model what was recorded may have rotted on all of them since.
+        if !self.plan.within_model && survivors.iter().all(|disk| self.disks[*disk].rotten) {
+            return Ok(());
+        }
         for disk in 0..self.disks.len() {
             self.refresh_meta(disk)?;
         }
@@ -237,7 +324,7 @@ impl World {
             return Ok(());
         }
         self.promise_6_never_the_last()?;
-        if let Some(daemon) = &self.daemon
+        if let Some(daemon) = self.daemon.as_ref().filter(|_| self.invariants)
             && (self.regions().count() <= 64 || self.counts.events.is_multiple_of(256))
         {
             daemon.mirror.check_invariants();
@@ -245,11 +332,13 @@ impl World {
         for disk in self.in_sync_disks() {
             self.refresh_meta(disk)?;
         }
-        // Until it is open the bits of all replicas are being united.
-        let open = self.daemon.as_ref().is_some_and(|daemon| daemon.mirror.is_open());
-        if open && self.meta.iter().any(|view| view.look) {
+        if self.meta.iter().any(|view| view.look) {
             self.meta.iter_mut().for_each(|view| view.look = false);
             self.promise_4_clean_means_clean()?;
+            self.promise_7_recovery_now()?;
+        }
+        if self.counts.events.is_multiple_of(128) {
+            self.status_is_true()?;
         }
         Ok(())
     }
@@ -264,13 +353,16 @@ impl World {
     }
 
     /// Promise 4: where data on an in-sync replica is in flight or not flushed, the intent bit stands on every
-    /// in-sync replica.
+    /// in-sync replica; on one of them at the least while the bits are being united, before the volume is open.
     fn promise_4_clean_means_clean(&self) -> Checked {
         let Some(daemon) = &self.daemon else { return Ok(()) };
         let in_sync = self.in_sync_disks();
         let name = "promise_4_clean_means_clean";
+        let united = daemon.mirror.is_open() && !self.read_only;
         let check = |region: RegionIndex, what: &str, on: usize| -> Checked {
-            match in_sync.iter().find(|disk| !self.meta[**disk].intent(region)) {
+            let bare = in_sync.iter().find(|disk| !self.meta[**disk].intent(region));
+            let somewhere = in_sync.iter().any(|disk| self.meta[*disk].intent(region));
+            match bare.filter(|_| united || !somewhere) {
                 None => Ok(()),
                 Some(bare) => violated(
                     name,
@@ -337,6 +429,18 @@ impl World {
         }
     }
 
+    /// Promise 10: `create` leaves alone what will be the volume's data.
+    pub(super) fn promise_10_create_writes_no_data(&self) -> Checked {
+        let blocks = self.plan.volume_bytes / BLOCK_BYTES;
+        match self.disks.iter().find(|disk| disk.disk.image().range(..blocks).next().is_some()) {
+            None => Ok(()),
+            Some(disk) => violated(
+                "promise_10_the_data_is_yours",
+                format!("create wrote into the data of {}", disk.path),
+            ),
+        }
+    }
+
     /// Promise 10: after an orderly stop each in-sync replica is the volume as a raw image, durably, and all are
     /// identical.
     ///
@@ -346,10 +450,17 @@ impl World {
         let name = "promise_10_the_data_is_yours";
         let disks = self.in_sync_disks();
         for disk in &disks {
-            // A lone replica that lost its cache without a power cut since: what it reads is all there is.
-            let lost = !self.plan.within_model && self.plan.faults.flush_loses;
-            if let Some(byte) = self.disks[*disk].disk.first_not_durable().filter(|_| !lost) {
+            // Beyond the fault model a lone replica may have lost its cache without a power cut since: what it reads
+            // is all there is. Nothing else may be missing.
+            let target = &self.disks[*disk].disk;
+            if let Some(byte) = target.first_not_durable() {
                 return violated(name, format!("byte {byte} of disk {disk} is not durable after the stop"));
+            }
+            if self.plan.within_model && target.has_lost(self.plan.volume_bytes) {
+                return violated(
+                    name,
+                    format!("disk {disk} lost data to a failed flush and counts as in sync"),
+                );
             }
             let image = self.disks[*disk].disk.image().clone();
             self.oracle.check_image(&image).or_else(|why| violated(name, format!("disk {disk}: {why}")))?;

@@ -12,30 +12,64 @@ use crate::mirror::status::Health;
 use crate::planted::{Bug, plant};
 use crate::units::SECOND_NS;
 
+use super::counts::Counts;
 use super::plan::Plan;
-use super::world::{Checked, Counts, Violation, World, violated};
+use super::world::{Checked, Violation, World, violated};
 
-/// Runs the world of `seed`, with `bug` planted in the core.
+/// How a seed is run.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// The bug planted in the core.
+    pub bug: Option<Bug>,
+    /// Print everything that happens.
+    pub verbose: bool,
+    /// The core's own `check_invariants` runs beside the promises' checks.
+    pub invariants: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { bug: None, verbose: false, invariants: true }
+    }
+}
+
+/// Runs the world of `seed`.
 ///
 /// # Errors
 /// The promise that was broken, or the panic's message.
-pub fn run_seed(seed: u64, bug: Option<Bug>, verbose: bool) -> Result<Counts, String> {
-    plant(bug);
-    let result = guarded(|| {
-        let mut world = World::new(Plan::draw(seed), verbose);
-        if verbose {
+pub fn run_seed(seed: u64, options: Options) -> Result<Counts, String> {
+    with_bug(options.bug, || {
+        let mut world = World::new(Plan::draw(seed), options.verbose);
+        world.invariants = options.invariants;
+        world.counts.worlds = 1;
+        if options.verbose {
             println!("{:#?}", world.plan);
         }
         let lived = live(&mut world);
         world.counts.virtual_ns = world.now.0;
         world.counts.beyond_repair = u64::from(world.beyond_repair);
         lived.map(|()| world.counts)
-    });
+    })
+}
+
+/// Runs `part` with `bug` planted, guarded.
+///
+/// # Errors
+/// The promise that was broken, or the panic's message.
+pub(super) fn with_bug<T>(
+    bug: Option<Bug>,
+    part: impl FnOnce() -> Result<T, Violation>,
+) -> Result<T, String> {
+    plant(bug);
+    let result = guarded(part);
     plant(None);
     result
 }
 
-/// Runs `part`; a panic in it is a violation too.
+/// Runs `part`; a panic in it is a broken promise too. May be nested.
+///
+/// # Errors
+/// The promise that was broken, or the panic's message.
 pub(super) fn guarded<T>(part: impl FnOnce() -> Result<T, Violation>) -> Result<T, String> {
     quiet_panics();
     match catch_unwind(AssertUnwindSafe(part)) {
@@ -75,33 +109,49 @@ fn live(world: &mut World) -> Checked {
         world.beyond_repair
             || world.requests_left == 0 && world.daemon.as_ref().is_some_and(|d| d.requests.is_empty())
     })?;
-    world.chaos = false;
-    world.requests_left = 0;
     finish(world)
 }
 
-/// The faults are over: everything heals, drains, stops clean, is identical and starts again.
+/// The faults stop: everything heals and settles, an orderly stop leaves raw images, and it begins again.
+///
+/// # Errors
+/// The promise that was broken.
 pub(super) fn finish(world: &mut World) -> Checked {
+    if stop_well(world)? { begin_again(world) } else { Ok(()) }
+}
+
+/// The faults stop: everything heals and settles, an orderly stop leaves raw images. False: more was lost before than
+/// what could begin again.
+///
+/// # Errors
+/// The promise that was broken.
+pub(super) fn stop_well(world: &mut World) -> Result<bool, Violation> {
+    world.chaos = false;
+    world.requests_left = 0;
     heal(world)?;
     if world.beyond_repair {
-        return Ok(());
+        return Ok(false);
     }
     settle(world)?;
+    if world.beyond_repair {
+        return Ok(false);
+    }
     let Some(clean) = world.stop()? else { return violated("liveness", "the daemon died of a stop") };
     if !clean {
         return violated("promise_4_clean_means_clean", "the last stop was not clean though all is well");
     }
     world.promise_10_the_data_is_yours()?;
     if !world.plan.within_model && world.in_sync_disks().len() < world.disks.len() {
-        return Ok(()); // a flush that was lost before showed in the last one
+        return Ok(false); // a flush that was lost before showed in the last one
     }
-    begin_again(world)
+    Ok(true)
 }
 
 /// Liveness: when the faults stop, every request is answered and every disk becomes a replica in sync.
 pub(super) fn heal(world: &mut World) -> Checked {
     for disk in &mut world.disks {
         (disk.gone, disk.full) = (false, false);
+        (disk.slow_until, disk.stuck_until) = (world.now, world.now);
     }
     let regions = world.regions().count();
     let slow = world.plan.latency_ns * world.plan.slow_factor;
@@ -178,6 +228,9 @@ fn settle(world: &mut World) -> Checked {
     let step = world.plan.intent_idle_ns / 2 + SECOND_NS / 10;
     let end = world.now.plus(limit);
     loop {
+        if world.beyond_repair {
+            return Ok(());
+        }
         let Some(daemon) = &world.daemon else { return violated("liveness", "the daemon is gone") };
         if !is_well(world) {
             heal(world)?; // a lost flush may show only now
@@ -203,7 +256,7 @@ fn settle(world: &mut World) -> Checked {
 }
 
 /// After an orderly stop: everything is trusted, nothing is to be resynced, reads are right.
-fn begin_again(world: &mut World) -> Checked {
+pub(super) fn begin_again(world: &mut World) -> Checked {
     world.crash(false);
     let all: Vec<usize> = (0..world.disks.len()).collect();
     match world.assemble(&all) {
@@ -211,10 +264,12 @@ fn begin_again(world: &mut World) -> Checked {
             return violated("promise_4_clean_means_clean", format!("refused after a stop: {error}"));
         }
         Ok((assembly, _)) => {
+            let damaged =
+                |disk: &usize| world.find(*disk).ok().flatten().is_some_and(|f| f.damaged_sectors > 0);
             let sound = assembly.in_sync.len() == world.disks.len()
                 && assembly.unsynced.not_any()
                 && assembly.head.clean
-                && assembly.maps.intent.not_any();
+                && (assembly.maps.intent.not_any() || all.iter().any(damaged));
             if !sound {
                 return violated(
                     "promise_4_clean_means_clean",

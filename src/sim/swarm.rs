@@ -5,18 +5,14 @@
 use std::ops::Range;
 use std::sync::Mutex;
 
-use crate::planted::Bug;
-
-use super::run::run_seed;
-use super::world::Counts;
+use super::counts::Counts;
+use super::run::{Options, run_seed};
 
 /// How seeds are run.
 #[derive(Clone, Copy, Debug)]
 pub struct Swarm {
-    /// The bug planted in the core.
-    pub bug: Option<Bug>,
-    /// Print everything that happens.
-    pub verbose: bool,
+    /// How each is run.
+    pub options: Options,
     /// Threads, at least 1; each world runs in one of them.
     pub threads: usize,
 }
@@ -48,7 +44,7 @@ impl Swarm {
             for _ in 0..threads {
                 scope.spawn(|| {
                     while let Some(seed) = next.lock().ok().and_then(|mut seeds| seeds.next()) {
-                        let result = run_seed(seed, self.bug, self.verbose);
+                        let result = run_seed(seed, self.options);
                         let Ok(mut shared) = shared.lock() else { return };
                         match result {
                             Ok(counts) => {

@@ -18,9 +18,10 @@ use std::rc::Rc;
 use crate::buffer::BufferPool;
 use crate::mirror::Mirror;
 use crate::mirror::event::{Action, AdminId, DeviceTraits, Event, OpId};
-use crate::units::{Nanos, REPLICAS_MAX, Regions, ReplicaSet, ReplicaSlot};
+use crate::units::{Nanos, REPLICAS_MAX, Regions, ReplicaSet, ReplicaSlot, SECOND_NS};
 
 use super::client::{Client, Pending};
+use super::counts::Counts;
 use super::device::Op;
 use super::disk::{Disk, Image};
 use super::faults::Fault;
@@ -98,6 +99,14 @@ pub struct SimDisk {
     pub unseen_error: bool,
     /// This many times slower than the others.
     pub slow_factor: u64,
+    /// Much slower until then.
+    pub slow_until: Nanos,
+    /// Answers nothing before then.
+    pub stuck_until: Nanos,
+    /// Another volume's replica stands here: it may not be written before an operator gives it up.
+    pub foreign: bool,
+    /// A metadata sector rotted while the daemon ran, and nothing was written to it since its start.
+    pub rotten: bool,
     /// Earlier contents with the number of starts before, for putting an old copy back.
     pub copies: Vec<(u64, Image)>,
 }
@@ -130,28 +139,13 @@ pub struct Daemon {
     pub stopped: Option<bool>,
     /// The command that is to stop it.
     pub stop_id: u64,
-    tick_at: Option<Nanos>,
-}
-
-/// What a run did, for reports.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Counts {
-    /// Events given to the core.
-    pub events: u64,
+    /// Those that were resyncing at some time since the start.
+    pub ever_resyncing: ReplicaSet,
+    /// In sync since the start.
+    pub always_in_sync: ReplicaSet,
     /// Requests answered.
     pub replies: u64,
-    /// Requests answered with an error.
-    pub errors: u64,
-    /// Starts of the daemon.
-    pub starts: u64,
-    /// Faults of all kinds that were injected.
-    pub faults: u64,
-    /// Device operations.
-    pub device_ops: u64,
-    /// Virtual time, nanoseconds.
-    pub virtual_ns: u64,
-    /// Worlds in which more was lost than a mirror can bear.
-    pub beyond_repair: u64,
+    tick_at: Option<Nanos>,
 }
 
 /// One seed's world.
@@ -188,13 +182,26 @@ pub struct World {
     pub counts: Counts,
     /// Print what happens.
     pub verbose: bool,
+    /// The core's own checks run beside the promises.
+    pub invariants: bool,
+    /// Operations, ticks and clients wait to be chosen (`small`) instead of having their times. Changed only while
+    /// no daemon runs, or by [`World::leave_manual`].
+    pub manual: bool,
     queue: BinaryHeap<Reverse<(Nanos, u64, Wake)>>,
     next_wake: u64,
     /// Source of ids for requests, values and admin commands.
-    next_id: u64,
+    pub(super) next_id: u64,
     life: u64,
     last_tick: Nanos,
     ticks_now: u32,
+    /// The daemon serves read-only.
+    pub read_only: bool,
+    /// The volume's identity.
+    pub volume_uuid: uuid::Uuid,
+    /// Changes of durable metadata that were looked at.
+    pub looks: u64,
+    /// `Add` commands that have to be refused.
+    pub must_refuse: BTreeSet<u64>,
     /// The sides of a split are being run: disks that are not there have histories of their own.
     pub split: bool,
     /// Requests that were in flight when an operation failed: the victim stays the same until they are answered.
@@ -234,12 +241,18 @@ impl World {
             disks_made: 0,
             counts: Counts::default(),
             verbose,
+            invariants: true,
+            manual: false,
             queue: BinaryHeap::new(),
             next_wake: 0,
             next_id: 1,
             life: 0,
             last_tick: Nanos(0),
             ticks_now: 0,
+            read_only: false,
+            volume_uuid: uuid::Uuid::nil(),
+            looks: 0,
+            must_refuse: BTreeSet::new(),
             split: false,
             troubled: BTreeSet::new(),
             suspect: None,
@@ -271,6 +284,9 @@ impl World {
 
     /// Lets something happen after `delay_ns`.
     pub fn wake_in(&mut self, delay_ns: u64, wake: Wake) {
+        if self.manual {
+            return;
+        }
         self.next_wake += 1;
         self.queue.push(Reverse((self.now.plus(delay_ns), self.next_wake, wake)));
     }
@@ -295,6 +311,7 @@ impl World {
             Wake::Apply(..) | Wake::Complete(..) | Wake::Tick(_) => {}
             Wake::Client(client) => self.client_wakes(client)?,
             Wake::Fault(fault) => self.fault_strikes(fault)?,
+            Wake::Better(_) if self.read_only => self.wake_in(SECOND_NS, wake),
             Wake::Better(disk) => {
                 self.disks[disk].gone = false;
                 self.disks[disk].full = false;
@@ -360,6 +377,7 @@ impl World {
         attached: [Option<usize>; REPLICAS_MAX],
     ) -> Checked {
         self.life += 1;
+        self.disks.iter_mut().for_each(|disk| disk.rotten = false);
         self.counts.starts += 1;
         self.daemon = Some(Daemon {
             mirror,
@@ -375,6 +393,9 @@ impl World {
             stopping: false,
             stopped: None,
             stop_id: 0,
+            ever_resyncing: ReplicaSet::EMPTY,
+            always_in_sync: ReplicaSlot::all().collect(),
+            replies: 0,
             tick_at: None,
         });
         for client in 0..self.clients.len() {
@@ -410,11 +431,26 @@ impl World {
         Ok(())
     }
 
+    /// Time goes on by itself again; no device operation is in flight.
+    ///
+    /// # Errors
+    /// A promise was broken.
+    pub(super) fn leave_manual(&mut self) -> Checked {
+        self.manual = false;
+        if let Some(daemon) = &mut self.daemon {
+            assert!(daemon.ops.is_empty());
+            daemon.tick_at = None;
+        }
+        self.deliver(Event::Tick)
+    }
+
     fn refresh_sets(&mut self) {
         let Some(daemon) = &mut self.daemon else { return };
         let before = (daemon.in_sync, daemon.resyncing, daemon.members);
         (daemon.in_sync, daemon.resyncing, daemon.members) = daemon.mirror.replica_sets();
         let after = (daemon.in_sync, daemon.resyncing, daemon.members);
+        daemon.ever_resyncing = daemon.ever_resyncing.union(daemon.resyncing);
+        daemon.always_in_sync = daemon.always_in_sync.intersection(daemon.in_sync);
         if before != after {
             self.trace(|| format!("in sync {:?}, resyncing {:?}, members {:?}", after.0, after.1, after.2));
             let in_sync = self.in_sync_disks();
@@ -446,6 +482,9 @@ impl World {
             return violated("protocol", format!("attach of slot {slot}: not offered, or slot in use"));
         }
         daemon.attached[slot.index()] = disk;
+        if let Some(disk) = disk {
+            self.disks[disk].foreign = false;
+        }
         Ok(())
     }
 
@@ -466,6 +505,7 @@ impl World {
         self.holders = self.in_sync_disks();
         let Some(daemon) = self.daemon.take() else { return };
         self.trace(|| format!("CRASH: {}", if cut { "power cut" } else { "kill" }));
+        self.must_refuse.clear();
         for op in daemon.ops.into_values() {
             self.interrupt(op);
         }
@@ -505,36 +545,4 @@ impl World {
 #[must_use]
 pub fn op_key(op: OpId) -> OpKey {
     op.0
-}
-
-impl Counts {
-    /// Adds another run's.
-    pub fn add(&mut self, other: &Self) {
-        self.events += other.events;
-        self.replies += other.replies;
-        self.errors += other.errors;
-        self.starts += other.starts;
-        self.faults += other.faults;
-        self.device_ops += other.device_ops;
-        self.virtual_ns += other.virtual_ns;
-        self.beyond_repair += other.beyond_repair;
-    }
-}
-
-impl Display for Counts {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(
-            f,
-            "{} events, {} device operations, {} replies ({} errors), {} starts, {} faults, {:.1} simulated \
-             hours, {} worlds beyond repair",
-            self.events,
-            self.device_ops,
-            self.replies,
-            self.errors,
-            self.starts,
-            self.faults,
-            self.virtual_ns as f64 / 3.6e12,
-            self.beyond_repair
-        )
-    }
 }

@@ -63,7 +63,7 @@ fn assert_resync_is_limited(daemon: &Daemon, checker: &Checker) -> (u64, u64) {
 
 #[test]
 fn nothing_acknowledged_is_lost_by_kill_9() {
-    let kills = from_environment("NBDMIRROR_KILL_CYCLES", 8);
+    let kills = from_environment("NBDMIRROR_KILL_CYCLES", 20);
     let seed = from_environment("NBDMIRROR_KILL_SEED", 1);
     let mut rng = Rng::new(seed);
     let volume = new_volume();

@@ -5,6 +5,8 @@ mod clients;
 mod faults;
 mod fio;
 mod kill;
+mod power;
+mod power_scenarios;
 mod stand_in;
 #[path = "../support/mod.rs"]
 mod support;

@@ -246,7 +246,7 @@ fn tag(bytes: &[u8]) -> u64 {
 }
 
 /// Bytes that no other write and no other place has.
-fn unique_bytes(key: u64, offset: u64, len: u64) -> Vec<u8> {
+pub(crate) fn unique_bytes(key: u64, offset: u64, len: u64) -> Vec<u8> {
     let word = |index: u64| mix(key ^ index.wrapping_mul(0x9e37_79b9_7f4a_7c15)).to_be_bytes();
     let words = offset / 8..(offset + len).div_ceil(8);
     words.flat_map(word).skip((offset % 8) as usize).take(len as usize).collect()

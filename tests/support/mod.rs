@@ -9,6 +9,11 @@
 pub(crate) mod checker;
 pub(crate) mod daemon;
 pub(crate) mod nbd;
+pub(crate) mod recorder;
+pub(crate) mod recorder_disk;
+pub(crate) mod recorder_judge;
+pub(crate) mod recorder_load;
+pub(crate) mod recorder_replay;
 pub(crate) mod rng;
 pub(crate) mod tools;
 

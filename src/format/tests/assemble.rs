@@ -328,6 +328,21 @@ fn one_replica_in_sync_has_nothing_unsynced() {
 }
 
 #[test]
+fn clean_by_one_account_of_the_newest_commit_is_not_clean() {
+    // Found by fuzzing (tests/fuzz/crashes/assemble-clean-by-one-account): the order in which the replicas were given
+    // decided whether regions with intent bits were synced.
+    let mut pair = [found(0, &[1], 10, "I10 I10"), found(1, &[1], 10, "I10 I10")];
+    pair.iter_mut().for_each(|found| found.maps.intent.set(3, true));
+    for (first, second) in [(true, false), (false, true)] {
+        (pair[0].superblock.clean, pair[1].superblock.clean) = (first, second);
+        for given in [pair.to_vec(), pair.iter().rev().cloned().collect()] {
+            let assembly = assert_roles(&given, STRICT, "01||");
+            assert!(assembly.unsynced[3] && !assembly.head.clean);
+        }
+    }
+}
+
+#[test]
 fn bits_of_a_free_slot_are_dropped() {
     let mut a = found(0, &[1], 10, "I10 - I10");
     a.maps.stale[1].set(9, true);

@@ -4,6 +4,7 @@ mod assemble;
 mod codec;
 mod golden;
 mod read;
+mod readmit;
 
 use uuid::Uuid;
 

@@ -1,8 +1,10 @@
 //! The core by itself, over disks that are plain memory and answer in order: what each rule does in the
 //! simplest case. Crashes, races and random worlds are the simulator's.
 
+mod add;
 mod admin;
 mod answers;
+mod lives;
 mod membership;
 
 use nix::errno::Errno;

@@ -93,11 +93,12 @@ impl Disk {
                     .filter(|sector| version.sectors & (1 << sector) != 0)
                     .filter(|sector| kept(WriteSeq(version.write), block * 8 + sector))
                     .fold(0u8, |mask, sector| mask | 1 << sector);
-                put_sectors(&mut self.durable, block, sectors, version.content.as_deref());
+                put_sectors(&mut self.durable, block, sectors, version.content.as_ref());
             }
         }
         self.cached = self.durable.clone();
         self.lost.clear();
+        self.ever_lost.clear();
         self.open.clear();
         self.meta_epoch += 1;
     }
@@ -147,6 +148,11 @@ impl Disk {
         }
         hash.number(self.lost.len() as u64);
         for (block, (sectors, _)) in &self.lost {
+            hash.number(*block);
+            hash.number(u64::from(*sectors));
+        }
+        hash.number(self.ever_lost.len() as u64);
+        for (block, sectors) in &self.ever_lost {
             hash.number(*block);
             hash.number(u64::from(*sectors));
         }

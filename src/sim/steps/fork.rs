@@ -134,8 +134,8 @@ impl OpenWrite {
     }
 }
 
-/// For each open write of a disk its sectors that matter, and which of them stay.
-type Fates<'a> = BTreeMap<WriteSeq, (&'a [u64], &'a [bool])>;
+/// For each open write of one disk its sectors that matter, and which of them stay.
+type Kept<'a> = BTreeMap<WriteSeq, (&'a [u64], &'a [bool])>;
 
 /// A crash at one moment of one world.
 pub struct CrashPoint {
@@ -213,6 +213,26 @@ impl Landing {
 }
 
 impl CrashPoint {
+    /// A number that two crash points share only if the same worlds can come of them.
+    #[must_use]
+    pub fn identity(&self) -> u64 {
+        let mut after = self.base.without_daemon();
+        match self.crash {
+            Crash::PowerCut => after.oracle.power_cut(),
+            Crash::Kill => after.oracle.process_killed(),
+        }
+        let mut hash = ContentHash::new();
+        hash.number(self.crash as u64);
+        hash.number(after.identity());
+        for OpenWrite { disk, landing, .. } in &self.open {
+            let Some(Landing { range, data }) = landing else { continue };
+            [*disk as u64, range.offset, range.len].into_iter().for_each(|number| hash.number(number));
+            hash.number(u64::from(data.is_some()));
+            hash.bytes(data.as_deref().unwrap_or_default());
+        }
+        hash.finish()
+    }
+
     /// Number of open writes, on all disks together.
     #[must_use]
     pub fn open(&self) -> usize {
@@ -280,12 +300,12 @@ impl CrashPoint {
 
     fn resolve(&self, fates: &[Vec<bool>]) -> World {
         let mut world = self.base.without_daemon();
-        let mut kept: Vec<Fates<'_>> = vec![BTreeMap::new(); world.disks.len()];
+        let mut kept: Vec<Kept<'_>> = vec![BTreeMap::new(); world.disks.len()];
         for (write, fate) in self.open.iter().zip(fates) {
             kept[write.disk].insert(write.write, (&write.sectors, fate));
         }
         // Where it makes no difference, whatever came last stays.
-        let stays = |kept: &Fates<'_>, write: WriteSeq, sector: u64| {
+        let stays = |kept: &Kept<'_>, write: WriteSeq, sector: u64| {
             let place = kept
                 .get(&write)
                 .and_then(|(sectors, fate)| sectors.binary_search(&sector).ok().map(|at| fate[at]));

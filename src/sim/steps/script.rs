@@ -28,9 +28,18 @@ fn plan(scenario: &Scenario, seed: u64) -> Plan {
         depth: 4,
         requests: 0,
         think_ns: MILLISECOND_NS,
-        mix: Mix { weights: [10, 10, 1, 1, 1], fua: 100, unit: 512, len_max: 4096, hot_spots: 2, whole: 0 },
+        mix: Mix {
+            weights: [10, 10, 1, 1, 1],
+            fua: 100,
+            unit: 512,
+            len_max: 4096,
+            hot_spots: 2,
+            whole: 0,
+            hostile: 0,
+        },
         latency_ns: 100_000,
         slow_factor: 1,
+        write_mostly: 0,
         within_model: true,
         faults: FaultRates { flush_loses: true, ..FaultRates::default() },
         intent_idle_ns: 50 * MILLISECOND_NS,
@@ -181,8 +190,13 @@ fn until(world: &mut World, what: &str, done: fn(&World) -> bool) -> Checked {
     violated("liveness", format!("the script's {what} does not come"))
 }
 
+/// Everything is answered, and replicas that were failed have nothing in flight (only then may they be added again).
 fn is_idle(world: &World) -> bool {
-    world.daemon.as_ref().is_some_and(|daemon| daemon.requests.is_empty() && daemon.admins.is_empty())
+    world.daemon.as_ref().is_some_and(|daemon| {
+        let active = daemon.in_sync.union(daemon.resyncing);
+        let lingers = daemon.ops.values().any(|op| !active.contains(op.slot));
+        daemon.requests.is_empty() && daemon.admins.is_empty() && !lingers
+    })
 }
 
 fn is_synced(world: &World) -> bool {

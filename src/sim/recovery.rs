@@ -1,0 +1,144 @@
+//! What a crash would leave, judged from what stands on the disks: by the very assembly that a start runs, the
+//! disks' bytes and the oracle.
+//!
+//! What must hold, of every assembly (promises 7 and 8): replicas that it calls in sync hold the same bytes outside
+//! the regions it is going to sync; one that it is going to bring up to date holds them outside the regions it is
+//! going to copy; and the source holds what clients may read. Nothing here asks the core.
+
+use crate::format::superblock::MemberState;
+use crate::format::{Assembly, Found};
+use crate::units::{BLOCK_BYTES, ReplicaSlot};
+
+use super::disk::{Disk, Image, differing_blocks};
+use super::world::{Checked, World, violated};
+
+/// One in so many changes of durable metadata is followed by a judgement of what a crash would leave.
+const CRASHES_JUDGED_ONE_IN: u64 = 12;
+/// Of those, one in so many also by the oracle.
+const ORACLES_ASKED_ONE_IN: u64 = 4;
+
+impl World {
+    /// Promise 7: were the daemon killed or the power cut now, the next start would be right.
+    pub(super) fn promise_7_recovery_now(&mut self) -> Checked {
+        self.looks += 1;
+        let judged = !self.split && !self.read_only && self.suspect.is_none();
+        if !judged || !self.looks.is_multiple_of(CRASHES_JUDGED_ONE_IN) {
+            return Ok(());
+        }
+        for disk in 0..self.disks.len() {
+            self.refresh_meta(disk)?;
+        }
+        let there = |disk: &usize| !self.disks[*disk].gone && !self.disks[*disk].foreign;
+        let found: Vec<(usize, Found)> = (0..self.disks.len())
+            .filter(there)
+            .filter_map(|disk| Some((disk, self.meta[disk].found()?.clone())))
+            .collect();
+        // What is refused is judged when it is started.
+        let Ok((assembly, index_of_found)) = self.assemble_found(found) else { return Ok(()) };
+        self.counts.crash_images += 1;
+        let name = "promise_7_recovery";
+        let lost = self.disks.iter().any(|disk| disk.disk.has_lost(self.plan.volume_bytes));
+        if !lost {
+            self.is_sound(name, &assembly, &index_of_found, Disk::durable_image)?;
+        }
+        self.is_sound(name, &assembly, &index_of_found, Disk::image)?;
+        if self.looks.is_multiple_of(CRASHES_JUDGED_ONE_IN * ORACLES_ASKED_ONE_IN) {
+            let Some(source) = disk_in(&assembly, &index_of_found, assembly.source) else { return Ok(()) };
+            let (mut cut, mut killed) = (self.oracle.clone(), self.oracle.clone());
+            cut.power_cut();
+            killed.process_killed();
+            let disk = &self.disks[source].disk;
+            cut.check_image(disk.durable_image())
+                .or_else(|why| violated(name, format!("a power cut now: source disk {source}: {why}")))?;
+            killed
+                .check_image(disk.image())
+                .or_else(|why| violated(name, format!("a kill now: source disk {source}: {why}")))?;
+        }
+        Ok(())
+    }
+
+    /// Whether the replicas of an assembly differ only where it knows.
+    fn is_sound(
+        &mut self,
+        name: &str,
+        assembly: &Assembly,
+        index_of_found: &[usize],
+        image_of: impl Fn(&Disk) -> &Image,
+    ) -> Checked {
+        let Some(source) = disk_in(assembly, index_of_found, assembly.source) else { return Ok(()) };
+        let regions = self.regions();
+        for slot in assembly.in_sync.union(assembly.resync).iter() {
+            let Some(disk) = disk_in(assembly, index_of_found, slot) else { continue };
+            if let Ok([source, disk]) = self.disks.get_disjoint_mut([source, disk]) {
+                disk.disk.share_equal(&source.disk);
+            }
+            let (one, other) = (image_of(&self.disks[source].disk), image_of(&self.disks[disk].disk));
+            for block in differing_blocks(one, other, self.plan.volume_bytes) {
+                let region = regions.of(block * BLOCK_BYTES).index();
+                let stale = assembly.resync.contains(slot) && assembly.maps.stale[slot.index()][region];
+                if !assembly.unsynced[region] && !stale {
+                    return violated(
+                        name,
+                        format!(
+                            "disks {source} (the source) and {disk} (slot {slot}) differ in block {block} of region \
+                             {region}, which would not be synced; in sync {:?}, resync {:?}",
+                            assembly.in_sync, assembly.resync
+                        ),
+                    );
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Promise 8, of each start: no stale map of a replica that is trusted is dropped by a "no resync needed", and
+    /// replicas differ only where they are going to be synced, whatever their counters say.
+    pub(super) fn promise_8_no_silent_rollback(
+        &mut self,
+        assembly: &Assembly,
+        index_of_found: &[usize],
+    ) -> Checked {
+        let name = "promise_8_no_silent_rollback";
+        for slot in assembly.in_sync.iter() {
+            let Some(disk) = disk_in(assembly, index_of_found, slot) else { continue };
+            let Some(found) = self.find(disk).ok().flatten() else { continue };
+            for other in assembly.in_sync.iter().filter(|other| *other != slot) {
+                let mut map = found.maps.stale[other.index()].clone();
+                found.damaged_regions.iter().for_each(|regions| map[regions.clone()].fill(false));
+                if map.any() {
+                    return violated(
+                        name,
+                        format!("slot {other} counts as in sync; by disk {disk} it missed writes"),
+                    );
+                }
+            }
+        }
+        self.is_sound(name, assembly, index_of_found, Disk::image)
+    }
+
+    /// Promise 8: a replica that knows it is not in sync is not started alone.
+    pub(super) fn promise_8_stale_alone(&self) -> Checked {
+        for disk in 0..self.disks.len() {
+            let Some(found) = self.find(disk).ok().flatten().filter(|_| !self.disks[disk].foreign) else {
+                continue;
+            };
+            let state = found.superblock.own_entry().map(|own| own.state);
+            if state.is_some_and(|state| state != MemberState::InSync)
+                && let Ok((assembly, _)) = self.assemble_found(vec![(disk, found)])
+            {
+                return violated(
+                    "promise_8_no_silent_rollback",
+                    format!(
+                        "disk {disk}, which is {state:?}, is started alone: in sync {:?}",
+                        assembly.in_sync
+                    ),
+                );
+            }
+        }
+        Ok(())
+    }
+}
+
+fn disk_in(assembly: &Assembly, index_of_found: &[usize], slot: ReplicaSlot) -> Option<usize> {
+    assembly.found_of_slot[slot.index()].map(|found| index_of_found[found])
+}
