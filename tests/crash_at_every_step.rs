@@ -7,7 +7,8 @@
 use nbdmirror::planted::{BUGS, Bug};
 use nbdmirror::sim::steps::explore::{Address, Settings};
 use nbdmirror::sim::steps::report::Report;
-use nbdmirror::sim::steps::scenarios::{SCENARIOS, Scenario, named};
+use nbdmirror::sim::steps::row::Scenario;
+use nbdmirror::sim::steps::scenarios::{SCENARIOS, named};
 use nbdmirror::sim::steps::{run, run_at};
 use nbdmirror::sim::swarm::available_threads;
 

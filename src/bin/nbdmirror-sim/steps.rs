@@ -4,7 +4,8 @@ use clap::Args;
 use nbdmirror::planted::Bug;
 use nbdmirror::sim::steps;
 use nbdmirror::sim::steps::explore::{Address, Settings};
-use nbdmirror::sim::steps::scenarios::{self, SCENARIOS, Scenario};
+use nbdmirror::sim::steps::row::Scenario;
+use nbdmirror::sim::steps::scenarios::{self, SCENARIOS};
 use nbdmirror::sim::swarm::available_threads;
 
 #[derive(Args)]
@@ -13,10 +14,10 @@ pub(crate) struct StepsArgs {
     #[arg(long, value_parser = scenario_named)]
     scenario: Option<&'static Scenario>,
     /// Joint outcomes at a crash point of a scenario: all where there are no more, else so many.
-    #[arg(long, default_value_t = 32)]
+    #[arg(long, default_value_t = 16)]
     cap: u64,
     /// Of those the recoveries of so many are crashed after every event, too; 0: none.
-    #[arg(long, default_value_t = 4)]
+    #[arg(long, default_value_t = 1)]
     deep: u64,
     /// Joint outcomes at a crash point of a recovery.
     #[arg(long, default_value_t = 2)]
@@ -57,10 +58,11 @@ pub(crate) fn run(args: &StepsArgs) -> bool {
         }
         return report.failed == 0;
     }
+    let bug = bug.map(|bug| format!(" --bug {bug:?}")).unwrap_or_default();
     for failure in report.scenarios.iter().flat_map(|row| row.failures.iter().take(show)) {
         println!("{} FAILED at {:?}: {}", failure.scenario, failure.at, failure.why);
         println!(
-            "  replay: nbdmirror-sim steps --scenario {} --seed {seed} --at '{}'",
+            "  replay: nbdmirror-sim steps --scenario {} --seed {seed}{bug} --at '{}'",
             failure.scenario, failure.at
         );
     }

@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::fork::{Crash, Outcome};
 use super::report::{Failure, Tally};
-use super::scenarios::Scenario;
+use super::row::{Scenario, Step};
 use super::script::{self, create, new_world, play, recover};
 use crate::planted::{Bug, plant};
 use crate::sim::rng::mix64;
@@ -185,7 +185,7 @@ impl Explorer {
         self.created.set(true);
         let disks = script::all(&world);
         world.start(&disks)?;
-        play(&mut world, &[super::scenarios::Step::Sync], |_| {})?;
+        play(&mut world, &[Step::Sync], |_| {})?;
         play(&mut world, self.scenario.script, |world| self.watch(world, Address::default(), 0, false))?;
         world.watch = None;
         finish(&mut world)

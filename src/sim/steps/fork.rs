@@ -336,3 +336,75 @@ impl CrashPoint {
         world
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::row::Step;
+    use super::super::scenarios::named;
+    use super::super::script::{create, new_world, play};
+    use super::*;
+    use crate::sim::client::Asked;
+
+    /// Two disks with a write of one sector and one of two sectors, answered and not flushed.
+    fn world() -> World {
+        let mut world = new_world(named("flush").unwrap(), 1, false);
+        create(&mut world).unwrap();
+        world.start(&[0, 1]).unwrap();
+        let asks = [Step::Ask(Asked::Write, 4096, 512), Step::Ask(Asked::Write, 8192, 1024)];
+        play(&mut world, &[Step::Sync, asks[0], asks[1], Step::Idle], |_| {}).unwrap();
+        world
+    }
+
+    fn sectors(world: &World) -> Vec<bool> {
+        let written = |disk: usize, at: u64| {
+            let mut sector = [0; 512];
+            world.disks[disk].disk.read(at, &mut sector);
+            sector != [0; 512]
+        };
+        [0, 1].into_iter().flat_map(|disk| [4096, 8192, 8704].map(|at| written(disk, at))).collect()
+    }
+
+    #[test]
+    fn a_power_cut_leaves_every_joint_outcome_once() {
+        let point = world().crash_point(Crash::PowerCut);
+        assert_eq!((point.open(), point.outcomes()), (4, 64));
+        let (outcomes, all) = point.choose(64);
+        assert!(all);
+        let left = outcomes.iter().map(|outcome| sectors(&point.world(outcome.pick, 0)));
+        let left: std::collections::BTreeSet<Vec<bool>> = left.collect();
+        assert_eq!(left.len(), 64);
+    }
+
+    #[test]
+    fn named_outcomes_are_what_they_say() {
+        let point = world().crash_point(Crash::PowerCut);
+        let left = |pick| sectors(&point.world(pick, 0));
+        assert_eq!(left(Pick::AllLost), [false; 6]);
+        assert_eq!(left(Pick::AllKept), [true; 6]);
+        assert_eq!(left(Pick::OnlyDisk(1)), [false, false, false, true, true, true]);
+        let (outcomes, all) = point.choose(10);
+        assert!(!all && outcomes.len() == 10);
+        for outcome in outcomes {
+            assert_eq!(outcome.to_string().parse::<Outcome>().unwrap(), outcome);
+        }
+    }
+
+    #[test]
+    fn a_kill_leaves_what_has_taken_effect() {
+        let world = world();
+        let point = world.crash_point(Crash::Kill);
+        assert_eq!(point.outcomes(), 1);
+        let left = point.world(Pick::Number(0), 0);
+        assert_eq!(sectors(&left), [true; 6]);
+        assert_eq!(sectors(&world), [true; 6]);
+    }
+
+    #[test]
+    fn equal_worlds_are_told_from_others() {
+        let point = world().crash_point(Crash::PowerCut);
+        let identity = |pick| point.world(pick, 0).identity();
+        assert_eq!(identity(Pick::AllKept), identity(Pick::Number(63)));
+        let all: std::collections::BTreeSet<u64> = (0..64).map(|n| identity(Pick::Number(n))).collect();
+        assert_eq!(all.len(), 64);
+    }
+}

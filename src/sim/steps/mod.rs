@@ -1,7 +1,7 @@
 //! Crash at every step: named scenarios, each crashed after every event, and its recoveries crashed again.
 //!
 //! - `fork`: a crash here and now, and the worlds that it may leave.
-//! - `scenarios`: the table of scenarios. `script`: plays one.
+//! - `scenarios`: the table of scenarios, of which each is a `row`. `script`: plays one.
 //! - `explore`: crashes, recoveries, crashes of recoveries. `report`: what was covered.
 //!
 //! What must hold: two runs with the same settings cover the same and find the same.
@@ -9,6 +9,7 @@
 pub mod explore;
 pub mod fork;
 pub mod report;
+pub mod row;
 pub mod scenarios;
 pub mod script;
 
@@ -17,7 +18,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use explore::{Address, Settings, Shared, explore_slice, replay};
 use report::{Report, Row, Tally};
-use scenarios::Scenario;
+use row::Scenario;
 
 /// Parts that a scenario's crash points are dealt out in.
 const SLICES: usize = 8;

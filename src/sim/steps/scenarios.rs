@@ -1,85 +1,15 @@
 //! The scenarios: one row each, with a short script.
 //!
 //! What must hold: a script stays within the fault model (another replica is in sync and well whenever one is in
-//! trouble), so that nothing may be lost, and no request may fail before [`Step::Excused`]. Rows play without chance: each has the same events in
-//! every run.
+//! trouble), so that nothing may be lost, and no request may fail before [`Step::Excused`].
+//! Each row has the same events in every run with the same seed.
 //!
 //! A new scenario is a row of [`SCENARIOS`]. Its script first builds what it needs; crashes begin at [`Step::Watch`].
+//! Steps are those of `row.rs`; a new kind of step is a variant there and a line in `script.rs`.
 
-use super::super::client::Asked::{self, Flush, Read, Trim, Write, Zero};
+use super::super::client::Asked::{Flush, Read, Trim, Write, Zero};
 use super::super::world::FailNext;
-
-/// Size of a region, bytes.
-pub const REGION: u64 = 64 << 10;
-/// Regions of the volume.
-pub const REGIONS: u64 = 4;
-
-/// One step of a script.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Step {
-    /// From here on a crash is tried after every event.
-    Watch,
-    /// A client asks: what, from which byte on, how many bytes. Nobody waits for the answer.
-    Ask(Asked, u64, u64),
-    /// The same with FUA.
-    AskFua(Asked, u64, u64),
-    /// This many events happen.
-    Events(u64),
-    /// Until every request and command is answered.
-    Idle,
-    /// Until every member is in sync and nothing is unsynced.
-    Sync,
-    /// Until every intent bit is cleared.
-    Clean,
-    /// A disk is gone.
-    Gone(usize),
-    /// It is there again.
-    Back(usize),
-    /// The next operation of this kind on a disk fails; a flush loses the cache.
-    FailNext(usize, FailNext),
-    /// From here on a disk is so many times slower.
-    Slow(usize, u64),
-    /// From here on requests may fail: no replica is well.
-    Excused,
-    /// A blank disk lies ready, as the last one.
-    Blank,
-    /// An operator fails the replica on a disk.
-    Fail(usize),
-    /// An operator removes it.
-    Remove(usize),
-    /// An operator offers a disk.
-    Add(usize),
-    /// An orderly stop; the daemon is gone then.
-    Stop,
-    /// A disk becomes blank (while the daemon is down).
-    Wipe(usize),
-    /// The daemon ends with this joint outcome.
-    Crash(&'static str),
-    /// The daemon starts with these disks.
-    Start(&'static [usize]),
-    /// It may not start with these disks alone (promise 8): not without `--degraded`, or not even with it.
-    Refused(&'static [usize], Degraded),
-}
-
-/// How an operator tries to start.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Degraded {
-    /// As always.
-    No,
-    /// With `--degraded`.
-    Yes,
-}
-
-/// A row of the table.
-#[derive(Clone, Copy, Debug)]
-pub struct Scenario {
-    /// How it is called.
-    pub name: &'static str,
-    /// For each replica the alignment of its operations, bytes.
-    pub aligns: &'static [u32],
-    /// What happens.
-    pub script: &'static [Step],
-}
+use super::row::{Degraded, REGION, Scenario, Step};
 
 use Step::{
     Add, Ask, AskFua, Back, Blank, Clean, Events, Fail, Gone, Idle, Refused, Remove, Start, Stop, Sync, Watch,
@@ -92,13 +22,10 @@ const fn row(name: &'static str, aligns: &'static [u32], script: &'static [Step]
     Scenario { name, aligns, script }
 }
 
-/// The name of the row in which `create` itself is crashed.
-pub const CREATE: &str = "create";
-
 /// All scenarios.
 pub const SCENARIOS: &[Scenario] = &[
     // `create` is watched from its first write on, and so is the first start.
-    row(CREATE, TWO, &[Sync]),
+    row("create", TWO, &[Sync]),
     row("create-three", THREE, &[Sync]),
     row("write-to-cold-region", TWO, &[Watch, Ask(Write, 4096, 1024), Idle]),
     row("write-to-warm-region", TWO, &[Ask(Write, 4096, 512), Idle, Watch, Ask(Write, 8192, 1024), Idle]),
@@ -610,32 +537,4 @@ pub const SCENARIOS: &[Scenario] = &[
 #[must_use]
 pub fn named(name: &str) -> Option<&'static Scenario> {
     SCENARIOS.iter().find(|scenario| scenario.name == name)
-}
-
-impl Scenario {
-    /// Whether crashes begin with `create`.
-    #[must_use]
-    pub fn watches_create(&self) -> bool {
-        !self.script.contains(&Watch)
-    }
-
-    /// For each region that the script touches the bytes from the first to the last that it touches: what recoveries
-    /// read, as (offset, length).
-    #[must_use]
-    pub fn touched(&self) -> Vec<(u64, u64)> {
-        let mut touched: Vec<Option<(u64, u64)>> = vec![None; REGIONS as usize];
-        for step in self.script {
-            let (Ask(_, offset, len) | AskFua(_, offset, len)) = *step else { continue };
-            if len == 0 {
-                continue;
-            }
-            for region in offset / REGION..(offset + len).div_ceil(REGION) {
-                let (from, to) = (offset.max(region * REGION), (offset + len).min((region + 1) * REGION));
-                let span = &mut touched[region as usize];
-                let (first, last) = span.unwrap_or((from, to));
-                *span = Some((first.min(from), last.max(to)));
-            }
-        }
-        touched.into_iter().flatten().map(|(from, to)| (from, to - from)).collect()
-    }
 }

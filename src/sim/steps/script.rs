@@ -1,7 +1,7 @@
 //! Plays a scenario's script in a world.
 
 use super::fork::Outcome;
-use super::scenarios::{Degraded, REGION, REGIONS, Scenario, Step};
+use super::row::{Degraded, REGION, REGIONS, Scenario, Step};
 use crate::format::Found;
 use crate::format::assemble::{AssembleError, AssembleOptions, assemble};
 use crate::format::create::Created;
