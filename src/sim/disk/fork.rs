@@ -131,14 +131,16 @@ impl Disk {
         self.add_image(hash, &self.durable, None);
         self.add_image(hash, &self.cached, Some(&self.durable));
         hash.number(self.history.len() as u64);
-        let mut writes: Vec<u64> = self.history.values().flatten().map(|version| version.write).collect();
-        writes.sort_unstable();
-        writes.dedup();
+        let mut writes: Vec<u64> = vec![];
         for (block, versions) in &self.history {
             hash.number(*block);
             for Version { write, sectors, content } in versions {
-                // Which versions are one write matters, its number does not.
-                hash.number(writes.partition_point(|other| other < write) as u64);
+                // Which versions are one write matters, its number does not: it is named by its first version here.
+                let name = writes.iter().position(|other| other == write).unwrap_or_else(|| {
+                    writes.push(*write);
+                    writes.len() - 1
+                });
+                hash.number(name as u64);
                 hash.number(u64::from(*sectors));
                 match content {
                     Some(content) => self.add_block(hash, *block, content),

@@ -10,6 +10,9 @@
 //! not recovered only where one with the same identity has been. The identity covers all that recovery can depend on:
 //! the disks' durable and cached contents and what is in between, their flags, what the oracle allows, and which disks
 //! were in sync. (64 bits: with a million worlds the chance that two are mixed up is below one in ten million.)
+//!
+//! The number of recoveries differs by a few between runs of more than one thread: when a superblock was written does
+//! not count for the identity, but half of one, torn, is no superblock, and its bytes count as they are.
 
 use std::collections::HashSet;
 use std::fmt::{self, Display};
