@@ -33,6 +33,11 @@ impl World {
             .filter(there)
             .filter_map(|disk| Some((disk, self.meta[disk].found()?.clone())))
             .collect();
+        // Beyond the fault model every disk in sync may be gone or rotten: no start should go on without them.
+        let in_sync = self.in_sync_disks();
+        if !found.iter().any(|(disk, _)| in_sync.contains(disk)) {
+            return Ok(());
+        }
         // What is refused is judged when it is started.
         let Ok((assembly, index_of_found)) = self.assemble_found(found) else { return Ok(()) };
         self.counts.crash_images += 1;
