@@ -88,8 +88,8 @@ fn a_lost_cache_is_written_again_after_a_kill() {
 }
 
 /// Scenarios that notice `bug`: those that fail by themselves, and those that need the crash.
-fn caught_by(bug: Bug) -> (Vec<&'static str>, Vec<&'static str>) {
-    let settings = Settings { bug: Some(bug), deep: 0, failures_max: 1, ..SETTINGS };
+fn caught_by(bug: Option<Bug>) -> (Vec<&'static str>, Vec<&'static str>) {
+    let settings = Settings { bug, deep: 0, failures_max: 1, ..SETTINGS };
     let failures = run(&all(), settings, available_threads()).scenarios.into_iter();
     let found = failures.filter_map(|row| row.failures.into_iter().next());
     let (alone, crashed): (Vec<_>, Vec<_>) = found.partition(|failure| failure.at.is_empty());
@@ -102,9 +102,10 @@ fn caught_by(bug: Bug) -> (Vec<&'static str>, Vec<&'static str>) {
 #[test]
 fn planted_bugs_are_caught_by_scenarios() {
     println!("{:<24} {:>6} {:>8}  for example", "planted bug", "alone", "crashed");
+    assert_eq!(caught_by(None), (vec![], vec![]), "scenarios fail without a bug");
     let mut missed = Vec::new();
     for bug in BUGS {
-        let (alone, crashed) = caught_by(bug);
+        let (alone, crashed) = caught_by(Some(bug));
         let example = alone.first().or(crashed.first()).copied().unwrap_or("not caught");
         println!("{:<24} {:>6} {:>8}  {example}", format!("{bug:?}"), alone.len(), crashed.len());
         if alone.is_empty() && crashed.is_empty() && CAUGHT.contains(&bug) {
