@@ -7,7 +7,7 @@
 //! Single-threaded by construction (`Rc`): buffers live on the data plane's thread.
 //!
 //! What a sanitizer cannot see is the kernel's access. Built with `--cfg poison_buffers` (as `scripts/sanitize` does)
-//! free memory is full of [`POISON`]: what is sent or written from a buffer that was given back too early is wrong
+//! free memory is full of `POISON`: what is sent or written from a buffer that was given back too early is wrong
 //! data, which the tests of the real binary notice, and what is received or read into it is noticed by the next
 //! [`BufferPool::take`] of that memory.
 

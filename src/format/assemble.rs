@@ -18,7 +18,7 @@ use std::ops::Range;
 use super::bitmap::{Bitmap, RegionMaps, unite};
 use super::describe::{describe, printable};
 use super::refuse;
-use super::superblock::Superblock;
+use super::superblock::{MemberState, Superblock};
 use super::verdict::{Lineage, Verdict, lineage, verdict};
 use crate::planted::{Bug, planted};
 use crate::units::{REPLICAS_MAX, ReplicaSet, ReplicaSlot};
@@ -138,7 +138,7 @@ pub fn assemble(found: &[Found], options: AssembleOptions) -> Result<Assembly, A
     let (head, verdicts) = choose_head(found)?;
     refuse::check_members(found, head, &verdicts)?;
     let mut roles = Roles::sort(head, &verdicts);
-    roles.demote_accused(found)?;
+    roles.demote_accused(found, head)?;
     let forced = roles.in_sync.is_empty();
     if forced {
         if !options.force && !planted(Bug::ForceNotNeeded) {
@@ -225,7 +225,7 @@ impl Roles {
 
     /// A trusted replica's stale map counts even against a replica that the table calls in sync: the superblock that
     /// demoted it may be lost. Where nobody would be left, they accuse each other and nobody can be believed.
-    fn demote_accused(&mut self, found: &[Found]) -> Result<(), AssembleError> {
+    fn demote_accused(&mut self, found: &[Found], head: &Superblock) -> Result<(), AssembleError> {
         let mut accused = ReplicaSet::EMPTY;
         let mut by_another = false;
         for accuser in self.trusted.iter() {
@@ -235,6 +235,12 @@ impl Roles {
                 by_another |= slot != accuser;
             }
         }
+        for (accuser, slot) in self.accused_by_tables(found, head) {
+            accused.insert(slot);
+            by_another |= slot != accuser;
+            // Its stale map may not tell all.
+            self.full.insert(slot);
+        }
         if accused == self.trusted && by_another {
             return Err(refuse::accuse_each_other(found));
         }
@@ -242,11 +248,36 @@ impl Roles {
             self.in_sync.remove(slot);
             self.resync.insert(slot);
             self.warnings.push(format!(
-                "replica {slot} counts as in sync, but the bitmaps say that it missed writes (the newest superblock \
-                 may be lost); it will be brought up to date"
+                "replica {slot} counts as in sync, but the bitmaps or another superblock say that it missed writes (the \
+                 newest superblock may be lost); it will be brought up to date"
             ));
         }
         Ok(())
+    }
+
+    /// Who is in sync by the head and not by another superblock of the same commit, with the slot of that one. No sequence of
+    /// commits is known to leave two that differ; but equal counters never imply equal data (promise 8).
+    fn accused_by_tables(&self, found: &[Found], head: &Superblock) -> Vec<(ReplicaSlot, ReplicaSlot)> {
+        let level = |slot: &ReplicaSlot| {
+            let superblock = &self.found(found, *slot)?.superblock;
+            (superblock.generation == head.generation && superblock.event_count == head.event_count)
+                .then_some((*slot, superblock))
+        };
+        let denies = |superblock: &Superblock, slot: ReplicaSlot| {
+            let entry = superblock.members[slot.index()].as_ref();
+            let uuid = head.members[slot.index()].as_ref().map(|member| member.uuid);
+            !entry.is_some_and(|entry| Some(entry.uuid) == uuid && entry.state == MemberState::InSync)
+        };
+        ReplicaSlot::all()
+            .filter_map(|slot| level(&slot))
+            .flat_map(|(accuser, superblock)| {
+                self.in_sync
+                    .iter()
+                    .filter(|slot| denies(superblock, *slot))
+                    .map(move |slot| (accuser, slot))
+                    .collect::<Vec<_>>()
+            })
+            .collect()
     }
 
     /// `--force`: the best of the stale replicas becomes the volume's content. Newest history first, then highest

@@ -185,7 +185,7 @@ pub struct World {
     /// The core's own checks run beside the promises.
     pub invariants: bool,
     /// Operations, ticks and clients wait to be chosen (`small`) instead of having their times. Changed only while
-    /// no daemon runs, or by [`World::leave_manual`].
+    /// no daemon runs, or by `World::leave_manual`.
     pub manual: bool,
     queue: BinaryHeap<Reverse<(Nanos, u64, Wake)>>,
     next_wake: u64,

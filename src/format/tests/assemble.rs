@@ -343,6 +343,20 @@ fn clean_by_one_account_of_the_newest_commit_is_not_clean() {
 }
 
 #[test]
+fn in_sync_by_one_account_of_the_newest_commit_is_not_in_sync() {
+    // Found by fuzzing (tests/fuzz/crashes/assemble-states-of-one-commit-differ): one of two superblocks of one commit had
+    // replica 1 in sync, the other had not, and the former was believed.
+    let given = [found(0, &[1], 10, "I10 R10"), found(1, &[1], 10, "I10 I10")];
+    for given in [given.to_vec(), given.iter().rev().cloned().collect()] {
+        let assembly = assert_roles(&given, STRICT, "0|1|");
+        assert!(!assembly.forced);
+    }
+    let each_other = [found(0, &[1], 10, "I10 R10"), found(1, &[1], 10, "R10 I10")];
+    refused(&each_other, STRICT);
+    refused(&each_other, DEGRADED);
+}
+
+#[test]
 fn bits_of_a_free_slot_are_dropped() {
     let mut a = found(0, &[1], 10, "I10 - I10");
     a.maps.stale[1].set(9, true);
