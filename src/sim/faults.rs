@@ -147,6 +147,8 @@ impl World {
             .daemon
             .as_ref()
             .is_some_and(|daemon| daemon.ops.values().any(|op| matches!(op.result, Some(Err(_)))));
+        // A command that waits may be about to fail a replica.
+        let pending_error = pending_error || self.daemon.as_ref().is_some_and(|d| !d.admins.is_empty());
         let requests = self.daemon.as_ref().map(|daemon| &daemon.requests);
         self.troubled.retain(|id| requests.is_some_and(|requests| requests.contains_key(id)));
         let pending_error = pending_error || !self.troubled.is_empty();

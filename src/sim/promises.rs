@@ -93,7 +93,9 @@ impl World {
             );
         }
         let Some(before) = before else { return Ok(()) };
-        let cleared = before.maps.intent.clone() & !after.maps.intent.clone();
+        let mut cleared = before.maps.intent.clone() & !after.maps.intent.clone();
+        // Bits that were only read as set because their sector was rotten are not cleared by its mending.
+        before.damaged_regions.iter().for_each(|regions| cleared[regions.clone()].fill(false));
         for region in cleared.iter_ones() {
             for (slot, _) in after.superblock.members() {
                 // One that comes (or came) back says itself what it missed, in regions that were clean before too.
