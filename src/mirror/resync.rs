@@ -282,11 +282,13 @@ impl Mirror {
         };
         let mut targets = stale;
         if unsynced {
-            // Resyncing ones as well: an earlier copy of theirs may have come from another source.
-            targets = self.active().difference(ReplicaSet::only(source));
+            // Resyncing ones as well: an earlier copy of theirs may have come from another source. And the source
+            // itself: its cache may have been lost to a flush that failed, and the daemon that heard of it died before
+            // that was recorded. What it reads is written anew.
+            targets = self.active();
         }
         if planted(Bug::ResyncWrongDirection)
-            && let Some(wrong) = targets.first()
+            && let Some(wrong) = targets.difference(ReplicaSet::only(source)).first()
         {
             targets.remove(wrong);
             targets.insert(source);
