@@ -35,6 +35,8 @@ pub(super) enum FlushOwner {
     Stop,
     /// The opening.
     Open,
+    /// The last replica in sync, for what was copied to it from others that are gone.
+    Alone,
 }
 
 struct Ticket {
@@ -202,6 +204,7 @@ impl Mirror {
             FlushOwner::Job(task) => self.job_flushed(task, flushed),
             FlushOwner::Stop => self.stop_flushed(ok),
             FlushOwner::Open => self.opening_flushed(),
+            FlushOwner::Alone => self.alone_flushed(),
         }
     }
 }
