@@ -200,13 +200,22 @@ fn old_copy_reason(found: &Superblock, entry: &Member) -> String {
 fn contradiction(head: &Superblock, found: &Superblock) -> Option<String> {
     if found.generation == head.generation && found.event_count == head.event_count {
         // One event count is used for one content only.
-        let same = found.members == head.members && found.parents == head.parents;
+        let same = same_members(found, head) && found.parents == head.parents;
         return (!same).then(|| "it has the same event count and another member table".to_owned());
     }
     head.members()
         .filter(|(slot, member)| *slot != found.slot && member.state == MemberState::InSync)
         .find(|(slot, member)| !took_part(found, *slot, member.uuid))
         .map(|(slot, _)| format!("by its member table replica {slot} was not in use at its last change"))
+}
+
+/// Whether two member tables say the same of everybody's part in the volume. Paths do not count: a start that finds a
+/// replica elsewhere says so in a superblock that it writes again for one that is a commit behind.
+fn same_members(one: &Superblock, other: &Superblock) -> bool {
+    let part = |member: &Option<Member>| {
+        member.as_ref().map(|member| (member.uuid, member.state, member.event_count))
+    };
+    one.members.iter().map(part).eq(other.members.iter().map(part))
 }
 
 /// `found` calls itself in sync, the head does not. Then the head's history left it behind, and someone who took part

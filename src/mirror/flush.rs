@@ -35,6 +35,8 @@ pub(super) enum FlushOwner {
     Stop,
     /// The opening.
     Open,
+    /// The last replica in sync, for what was copied to it from others that are gone.
+    Alone,
 }
 
 struct Ticket {
@@ -165,6 +167,12 @@ impl Mirror {
 
     fn ticket_finished(&mut self, key: Key) {
         let Some(ticket) = self.flushes.tickets.remove(key) else { unreachable!("it has just ended") };
+        let nobody_is_left = ticket.ok.union(ticket.failed).intersection(self.in_sync).is_empty();
+        if nobody_is_left && matches!(ticket.owner, FlushOwner::Client(_)) && !self.in_sync.is_empty() {
+            // All that it asked left meanwhile; whoever is in sync now came later and can do it as well.
+            self.request_flush(self.active(), ticket.owner);
+            return;
+        }
         let failed = ticket.failed.intersection(self.active());
         let only_targets = matches!(ticket.owner, FlushOwner::Job(_));
         // A region copy flushes its targets only; its source, which is in sync, stands behind it.
@@ -200,6 +208,7 @@ impl Mirror {
             FlushOwner::Job(task) => self.job_flushed(task, flushed),
             FlushOwner::Stop => self.stop_flushed(ok),
             FlushOwner::Open => self.opening_flushed(),
+            FlushOwner::Alone => self.alone_flushed(),
         }
     }
 }

@@ -21,6 +21,7 @@ use smallvec::SmallVec;
 use uuid::Uuid;
 
 use super::event::{DeviceOp, NoticeLevel};
+use super::flush::FlushOwner;
 use super::open::OpeningFlush;
 use super::ops::OpOwner;
 use super::resync::JobEnd;
@@ -181,9 +182,21 @@ impl Mirror {
         }
     }
 
-    /// With one in-sync replica there is nothing to differ from.
-    fn forget_unsynced_if_alone(&mut self) {
-        if self.in_sync.len() >= 2 || self.unsynced_count == 0 {
+    /// With one in-sync replica there is nothing to differ from. But what was copied to it from one that left may stand
+    /// in its cache only: it is flushed before any read of these regions is answered, or a power cut could turn the
+    /// answer back.
+    pub(super) fn forget_unsynced_if_alone(&mut self) {
+        if self.in_sync.len() < 2 && self.unsynced_count > 0 && !self.resync.alone_flush {
+            self.resync.alone_flush = true;
+            self.request_flush(self.in_sync, FlushOwner::Alone);
+        }
+    }
+
+    /// The flush of the last replica has ended. If it failed, everything fails from now on but reads.
+    pub(super) fn alone_flushed(&mut self) {
+        self.resync.alone_flush = false;
+        self.work.push_back(Work::Pump);
+        if self.in_sync.len() >= 2 {
             return;
         }
         let unsynced: Vec<usize> = self.unsynced.iter_ones().collect();

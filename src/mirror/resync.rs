@@ -78,6 +78,8 @@ pub(super) struct ResyncState {
     /// The maps were searched and no region can be begun; until a mark is set, a job ends or a back-off is over they
     /// are not searched again at each event.
     pub(super) exhausted: bool,
+    /// The last replica in sync is being flushed: no job begins before that has ended.
+    pub(super) alone_flush: bool,
     cursor: u64,
     /// Bytes copied since there was nothing to copy.
     pub(super) done_bytes: u64,
@@ -93,6 +95,7 @@ impl ResyncState {
             backoff: BTreeMap::new(),
             backoff_due: None,
             exhausted: false,
+            alone_flush: false,
             cursor: 0,
             done_bytes: 0,
             marks: VecDeque::new(),
@@ -201,7 +204,7 @@ impl Mirror {
 
     /// Starts jobs while there are regions to copy and room for jobs.
     pub(super) fn pump_resync(&mut self) {
-        if !self.open || self.config.read_only || self.in_sync.is_empty() {
+        if !self.open || self.config.read_only || self.in_sync.is_empty() || self.resync.alone_flush {
             return;
         }
         let now = self.now;
@@ -471,10 +474,8 @@ impl Mirror {
             let text = format!("bytes {}..{} can be read from no in-sync replica", range.offset, range.end());
             self.notice(NoticeLevel::Error, text);
         }
-        if self.in_sync.len() < 2 {
-            // The replica it may have differed from is gone; what was copied so far stays.
-            self.forget_unsynced(job.region);
-        }
+        // The replica it may have differed from may be gone; what was copied so far stays.
+        self.forget_unsynced_if_alone();
         self.unlock(job.lock);
         self.wake_waiters(job.region, end);
         self.work.push_back(Work::Pump);

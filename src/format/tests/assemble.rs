@@ -65,6 +65,15 @@ fn a_clean_pair_is_in_sync() {
 }
 
 #[test]
+fn a_path_that_changed_is_no_other_past() {
+    let mut caught_up = found(1, &[1], 10, "I10 I10");
+    for member in caught_up.superblock.members.iter_mut().flatten() {
+        member.path += ".moved";
+    }
+    assert_roles(&[found(0, &[1], 10, "I10 I10"), caught_up], STRICT, "01||");
+}
+
+#[test]
 fn none_given_is_refused() {
     assert_eq!(refused(&[], STRICT), AssembleError::Empty);
 }
