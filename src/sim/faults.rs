@@ -254,6 +254,9 @@ impl World {
 
     /// What happens while the daemon is down, and its start.
     pub(super) fn back_up(&mut self, victim: Option<usize>, all_in_sync: bool) -> Checked {
+        if self.beyond_repair {
+            return Ok(());
+        }
         let mut forgotten = None;
         let rates = self.plan.faults.clone();
         // What nobody else has is not touched: there is no telling a lone copy from an old one.
