@@ -29,6 +29,16 @@ const REGRESSIONS: &[(u64, &str)] = &[
     (1156, "new requests do not keep the alignment of a replica that is being prepared"),
     (5127, "a commit falls on the only whole superblock of a replica that is one commit behind"),
     (107_613, "a stop is called unclean for a replica that failed while it was recorded"),
+    (7_004_690, "a replica that moved, and is a commit behind at a start that dies, is refused as diverged"),
+    (
+        7_001_717,
+        "a copy is answered from the last replica before it is flushed there (its source was failed)",
+    ),
+    (7_017_040, "the same, where the source's flush failed"),
+    (8_001_072, "the same, where the copy lands while that flush is under way"),
+    (7_013_271, "a source whose failed flush was heard of and not recorded is not written anew"),
+    (7_002_053, "a flush fails because the replica it was asked of was failed, with another in sync by then"),
+    (8_007_564, "a sync writes before its region's intent bit is durable"),
 ];
 
 /// Runs `seeds` on all cores and gives the failures in order of seeds, and what happened.

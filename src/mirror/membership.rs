@@ -24,7 +24,7 @@ use super::event::{DeviceOp, NoticeLevel};
 use super::flush::FlushOwner;
 use super::open::OpeningFlush;
 use super::ops::OpOwner;
-use super::resync::JobEnd;
+use super::resync::{AloneFlush, JobEnd};
 use super::slab::Key;
 use super::status::ReplicaState;
 use super::{Mirror, Work};
@@ -186,16 +186,26 @@ impl Mirror {
     /// in its cache only: it is flushed before any read of these regions is answered, or a power cut could turn the
     /// answer back.
     pub(super) fn forget_unsynced_if_alone(&mut self) {
-        if self.in_sync.len() < 2 && self.unsynced_count > 0 && !self.resync.alone_flush {
-            self.resync.alone_flush = true;
+        if self.in_sync.len() >= 2 || self.unsynced_count == 0 {
+            return;
+        }
+        if self.resync.alone_flush == AloneFlush::Idle {
+            self.resync.alone_flush = AloneFlush::UnderWay;
             self.request_flush(self.in_sync, FlushOwner::Alone);
+        } else {
+            // What has landed only now may not be covered by that one.
+            self.resync.alone_flush = AloneFlush::Again;
         }
     }
 
     /// The flush of the last replica has ended. If it failed, everything fails from now on but reads.
     pub(super) fn alone_flushed(&mut self) {
-        self.resync.alone_flush = false;
+        let ended = std::mem::replace(&mut self.resync.alone_flush, AloneFlush::Idle);
         self.work.push_back(Work::Pump);
+        if ended == AloneFlush::Again {
+            self.forget_unsynced_if_alone();
+            return;
+        }
         if self.in_sync.len() >= 2 {
             return;
         }

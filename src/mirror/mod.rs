@@ -236,8 +236,14 @@ impl Mirror {
                 Some(Task::Job(_)) => self.job_granted(key),
                 Some(Task::Starting) | None => unreachable!("a lock is granted to who waits for it"),
             },
-            Work::IntentDurable(key) => self.write_intent(key),
-            Work::IntentFailed(key, error) => self.write_intent_failed(key, error),
+            Work::IntentDurable(key) => match self.tasks.get(key) {
+                Some(Task::Job(_)) => self.job_granted(key),
+                _ => self.write_intent(key),
+            },
+            Work::IntentFailed(key, error) => match self.tasks.get(key) {
+                Some(Task::Job(_)) => self.job_unrecorded(key),
+                _ => self.write_intent_failed(key, error),
+            },
             Work::SyncEnded(key, end) => match self.tasks.get(key) {
                 Some(Task::Read(_)) => self.read_sync_ended(key, end),
                 Some(Task::Write(_)) if end == JobEnd::Failed => {

@@ -66,6 +66,15 @@ pub(super) struct Job {
     operations: usize,
 }
 
+/// Where the flush is that the last replica in sync owes for what was copied to it. No job begins before it has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum AloneFlush {
+    Idle,
+    UnderWay,
+    /// Under way, and another one is due: more has been copied since it began.
+    Again,
+}
+
 /// What the resync machine remembers.
 pub(super) struct ResyncState {
     /// Regions that a reader waits for.
@@ -78,8 +87,8 @@ pub(super) struct ResyncState {
     /// The maps were searched and no region can be begun; until a mark is set, a job ends or a back-off is over they
     /// are not searched again at each event.
     pub(super) exhausted: bool,
-    /// The last replica in sync is being flushed: no job begins before that has ended.
-    pub(super) alone_flush: bool,
+    /// The flush of the last replica in sync.
+    pub(super) alone_flush: AloneFlush,
     cursor: u64,
     /// Bytes copied since there was nothing to copy.
     pub(super) done_bytes: u64,
@@ -95,7 +104,7 @@ impl ResyncState {
             backoff: BTreeMap::new(),
             backoff_due: None,
             exhausted: false,
-            alone_flush: false,
+            alone_flush: AloneFlush::Idle,
             cursor: 0,
             done_bytes: 0,
             marks: VecDeque::new(),
@@ -204,7 +213,10 @@ impl Mirror {
 
     /// Starts jobs while there are regions to copy and room for jobs.
     pub(super) fn pump_resync(&mut self) {
-        if !self.open || self.config.read_only || self.in_sync.is_empty() || self.resync.alone_flush {
+        if !self.open || self.config.read_only || self.in_sync.is_empty() {
+            return;
+        }
+        if self.resync.alone_flush != AloneFlush::Idle {
             return;
         }
         let now = self.now;
@@ -275,6 +287,17 @@ impl Mirror {
             self.job_end(key, JobEnd::Done);
             return;
         }
+        if unsynced {
+            // It writes to replicas in sync. The bit may not be durable where a flush failed everywhere.
+            let range = self.regions.range(region);
+            if self.broken {
+                self.job_unrecorded(key);
+                return;
+            }
+            if !self.ensure_intent(key, range) {
+                return;
+            }
+        }
         let preferred: ReplicaSet =
             sources.iter().filter(|slot| !self.policy.is_write_mostly(*slot)).collect();
         // A read-only start may have answered from `self.source` before: that content is the one to keep.
@@ -301,6 +324,11 @@ impl Mirror {
         let job = self.job_mut(key);
         (job.source, job.targets, job.chunk) = (Some(source), targets, ByteRange::new(start, 0));
         self.job_next_chunk(key);
+    }
+
+    /// The region's intent bit cannot be recorded: nothing is written to it, nothing in it is read.
+    pub(super) fn job_unrecorded(&mut self, key: Key) {
+        self.job_end(key, JobEnd::Failed);
     }
 
     fn job_next_chunk(&mut self, key: Key) {
@@ -471,8 +499,11 @@ impl Mirror {
             self.resync.backoff.insert(job.region, due);
             self.resync.backoff_due.get_or_insert(due);
             let range = self.regions.range(job.region);
-            let text = format!("bytes {}..{} can be read from no in-sync replica", range.offset, range.end());
-            self.notice(NoticeLevel::Error, text);
+            if !self.broken {
+                let text =
+                    format!("bytes {}..{} can be read from no in-sync replica", range.offset, range.end());
+                self.notice(NoticeLevel::Error, text);
+            }
         }
         // The replica it may have differed from may be gone; what was copied so far stays.
         self.forget_unsynced_if_alone();

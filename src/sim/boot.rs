@@ -243,7 +243,10 @@ impl World {
     /// A promise was broken. Where more is lost than a mirror can bear, the run is marked as beyond repair.
     pub fn start(&mut self, disks: &[usize]) -> Checked {
         let disks = &self.without_foreign(disks)?[..];
-        let readable = |disk: &usize| self.find(*disk).is_ok_and(|found| found.is_some());
+        let readable = |disk: &usize| {
+            let found = self.find(*disk).ok().flatten();
+            found.is_some_and(|found| !self.disks[*disk].rotten || found.damaged_slot.is_none())
+        };
         if !self.plan.within_model
             && !self.split
             && !self.holders.is_empty()

@@ -408,6 +408,14 @@ impl Disk {
         })
     }
 
+    /// Whether a flush that failed before the daemon's last start lost something under `limit` bytes: nobody knows of it.
+    #[must_use]
+    pub fn has_lost_before(&self, limit: u64) -> bool {
+        let now = |block: &u64| self.lost.get(block).map_or(0, |(mask, _)| *mask);
+        let mut before = self.ever_lost.range(..limit.div_ceil(BLOCK_BYTES));
+        before.any(|(block, mask)| mask & !now(block) != 0)
+    }
+
     /// What a power cut leaves for certain.
     #[must_use]
     pub fn durable_image(&self) -> &Image {

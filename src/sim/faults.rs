@@ -155,7 +155,8 @@ impl World {
         // A disk whose cache was lost is not well before that is written anew, whether the daemon that heard of it
         // lived to record it or not.
         let well = |disk: &SimDisk| {
-            !disk.gone && !disk.full && !disk.foreign && !disk.disk.has_lost(self.plan.volume_bytes)
+            !(disk.gone || disk.full || disk.foreign || disk.unseen_error)
+                && !disk.disk.has_lost(self.plan.volume_bytes)
         };
         let quiet = self.disks.iter().all(well) && !pending_error;
         let all_in_sync = self.in_sync_disks().len() == self.disks.len();
@@ -271,6 +272,9 @@ impl World {
 
     /// What happens while the daemon is down, and its start.
     pub(super) fn back_up(&mut self, victim: Option<usize>, all_in_sync: bool) -> Checked {
+        if self.beyond_repair {
+            return Ok(());
+        }
         let mut forgotten = None;
         let rates = self.plan.faults.clone();
         // What nobody else has is not touched: there is no telling a lone copy from an old one.

@@ -121,6 +121,10 @@ impl World {
                 }
             }
         }
+        // Beyond the fault model every disk in sync may have been put back to an older copy, one that fits the others.
+        if !self.plan.within_model && self.suspect.is_some() {
+            return Ok(());
+        }
         self.is_sound(name, assembly, index_of_found, Disk::image)
     }
 

@@ -377,7 +377,9 @@ impl World {
         attached: [Option<usize>; REPLICAS_MAX],
     ) -> Checked {
         self.life += 1;
-        self.disks.iter_mut().for_each(|disk| disk.rotten = false);
+        if !self.read_only {
+            self.disks.iter_mut().for_each(|disk| disk.rotten = false);
+        }
         self.counts.starts += 1;
         self.daemon = Some(Daemon {
             mirror,
@@ -509,6 +511,11 @@ impl World {
         for op in daemon.ops.into_values() {
             self.interrupt(op);
         }
+        // Beyond the fault model the last replica may have lost its cache in an earlier life of the daemon. What comes
+        // back now can be known to nobody (docs/testing.md), and so cannot be judged.
+        let volume = self.plan.volume_bytes;
+        let unknown = |disk: &usize| self.disks[*disk].disk.has_lost_before(volume);
+        self.beyond_repair |= cut && !self.plan.within_model && self.holders.iter().any(unknown);
         let mode = super::disk::CutMode::from_chance(&mut self.rng);
         for disk in &mut self.disks {
             if cut {
