@@ -155,8 +155,8 @@ impl World {
         // A disk whose cache was lost is not well before that is written anew, whether the daemon that heard of it
         // lived to record it or not.
         let well = |disk: &SimDisk| {
-            !(disk.gone || disk.full || disk.foreign || disk.unseen_error)
-                && !disk.disk.has_lost(self.plan.volume_bytes)
+            let lost = disk.disk.has_lost(self.plan.volume_bytes);
+            !(disk.gone || disk.full || disk.foreign || disk.unseen_error || lost)
         };
         let quiet = self.disks.iter().all(well) && !pending_error;
         let all_in_sync = self.in_sync_disks().len() == self.disks.len();
