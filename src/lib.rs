@@ -2,7 +2,7 @@
 //!
 //! A map of the crate, in the direction of its imports (a test holds the direction):
 //!
-//! - [`units`], [`buffer`], [`planted`]: offsets, ranges, slots; aligned buffers.
+//! - [`units`], [`extent`], [`buffer`], [`planted`]: offsets, ranges, slots; what block status speaks of; aligned buffers.
 //! - [`mod@format`]: the on-disk format and who is trusted at start. Pure.
 //! - [`mirror`]: THE CORE. Pure: events in, actions out.
 //! - [`nbd`]: the NBD protocol. Pure; never sees the mirror.
@@ -15,6 +15,7 @@ pub mod buffer;
 pub mod cli;
 pub mod control;
 pub mod engine;
+pub mod extent;
 pub mod format;
 pub mod mirror;
 pub mod nbd;

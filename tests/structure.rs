@@ -5,17 +5,18 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Each module and what it may import, besides itself. The order is the direction of imports.
-const MAY_IMPORT: [(&str, &[&str]); 10] = [
+const MAY_IMPORT: [(&str, &[&str]); 11] = [
     ("units", &[]),
+    ("extent", &["units"]),
     ("planted", &[]),
     ("buffer", &["units", "planted"]),
     ("format", &["units", "planted"]),
-    ("mirror", &["units", "buffer", "planted", "format"]),
-    ("nbd", &["units", "buffer", "planted"]),
-    ("engine", &["units", "buffer", "format", "mirror", "nbd"]),
+    ("mirror", &["units", "extent", "buffer", "planted", "format"]),
+    ("nbd", &["units", "extent", "buffer", "planted"]),
+    ("engine", &["units", "extent", "buffer", "format", "mirror", "nbd"]),
     ("control", &["units", "format", "mirror", "nbd", "engine"]),
     ("cli", &["units", "format", "mirror", "nbd", "engine", "control"]),
-    ("sim", &["units", "buffer", "planted", "format", "mirror", "nbd"]),
+    ("sim", &["units", "extent", "buffer", "planted", "format", "mirror", "nbd"]),
 ];
 const LINES_MAX: usize = 600;
 

@@ -222,7 +222,8 @@ impl DataPlane {
                     unreachable!("a connection is kept while it has requests")
                 };
                 let (status, payload) = match result {
-                    Ok(payload) => {
+                    Ok(answer) => {
+                        let payload = answer.data();
                         // Anything else would put the client's stream out of step.
                         assert!(payload.as_ref().map_or(0, |payload| payload.len as u64) == read_bytes);
                         (Ok(()), payload)

@@ -7,6 +7,7 @@
 use nix::errno::Errno;
 
 use crate::buffer::{Buffer, Payload, UniquePayload};
+use crate::extent::ContextExtents;
 use crate::format::Found;
 use crate::units::{ByteRange, ReplicaOffset, ReplicaSlot};
 
@@ -197,8 +198,8 @@ pub enum Action {
     Reply {
         /// Which request.
         id: RequestId,
-        /// The bytes for a successful read, `None` for other successes.
-        result: Result<Option<Payload>, RequestError>,
+        /// What it comes to.
+        result: Result<Answer, RequestError>,
     },
     /// The candidate of this admin command is now the replica in `slot`; comes before any operation on it.
     Attach {
@@ -221,6 +222,28 @@ pub enum Action {
     },
     /// Something that an operator wants to know (the shell logs it).
     Notice(Notice),
+}
+
+/// What a successful request is answered with.
+#[derive(Debug)]
+pub enum Answer {
+    /// Done; nothing to say. Also the answer to a read of no bytes.
+    Done,
+    /// The bytes of a read.
+    Data(Payload),
+    /// For each context that was asked for, in the order of their identifiers, its extents.
+    Status(Vec<ContextExtents>),
+}
+
+impl Answer {
+    /// The bytes of a read; `None` for everything else.
+    #[must_use]
+    pub fn data(self) -> Option<Payload> {
+        match self {
+            Self::Data(payload) => Some(payload),
+            Self::Done | Self::Status(_) => None,
+        }
+    }
 }
 
 /// Why a request failed; the NBD layer maps it to an error value (`docs/error-table.md`).

@@ -45,13 +45,13 @@ mod write;
 
 use std::collections::VecDeque;
 
-use crate::buffer::{BufferPool, Payload};
+use crate::buffer::BufferPool;
 use crate::format::bitmap::{Bitmap, RegionMaps};
 use crate::format::superblock::Superblock;
 use crate::planted::{Bug, planted};
 use crate::units::{Nanos, REPLICAS_MAX, Regions, ReplicaSet, ReplicaSlot};
 use admin::AdminState;
-use event::{Action, DeviceTraits, Event, Notice, NoticeLevel, Request, RequestError, RequestId};
+use event::{Action, Answer, DeviceTraits, Event, Notice, NoticeLevel, Request, RequestError, RequestId};
 use flush::Flushes;
 use intent::{Pages, Sweep};
 use membership::Meta;
@@ -289,7 +289,7 @@ impl Mirror {
         }
     }
 
-    fn reply(&mut self, id: RequestId, result: Result<Option<Payload>, RequestError>) {
+    fn reply(&mut self, id: RequestId, result: Result<Answer, RequestError>) {
         assert!(self.counters.in_flight > 0);
         self.counters.in_flight -= 1;
         if result.is_err() {
@@ -302,7 +302,7 @@ impl Mirror {
         if ok {
             self.counters.flushes += 1;
         }
-        self.reply(id, if ok { Ok(None) } else { Err(RequestError::Io) });
+        self.reply(id, if ok { Ok(Answer::Done) } else { Err(RequestError::Io) });
     }
 
     fn unlock(&mut self, lock: LockId) {

@@ -13,7 +13,7 @@
 
 use nix::errno::Errno;
 
-use super::event::{DeviceOp, DeviceOutput, RequestError, RequestId};
+use super::event::{Answer, DeviceOp, DeviceOutput, RequestError, RequestId};
 use super::ops::OpOwner;
 use super::overlap::{LockId, Mode};
 use super::resync::JobEnd;
@@ -38,7 +38,7 @@ impl Mirror {
     pub(super) fn start_read(&mut self, id: RequestId, range: ByteRange) {
         if range.is_empty() {
             self.counters.reads += 1;
-            self.reply(id, Ok(None));
+            self.reply(id, Ok(Answer::Done));
             return;
         }
         let task = ReadTask { id, range, lock: None, tried: ReplicaSet::EMPTY, span: range };
@@ -160,7 +160,7 @@ impl Mirror {
             self.counters.reads += 1;
             self.counters.read_bytes += task.range.len;
         }
-        self.reply(task.id, result.map(Some));
+        self.reply(task.id, result.map(Answer::Data));
         if let Some(lock) = task.lock {
             self.unlock(lock);
         }

@@ -13,7 +13,7 @@
 use nix::errno::Errno;
 use smallvec::SmallVec;
 
-use super::event::{DeviceOp, DeviceOutput, RequestError, RequestId};
+use super::event::{Answer, DeviceOp, DeviceOutput, RequestError, RequestId};
 use super::flush::FlushOwner;
 use super::intent::is_out_of_space;
 use super::ops::OpOwner;
@@ -126,7 +126,7 @@ impl Mirror {
         }
         if range.is_empty() {
             self.count_write(asked, 0);
-            self.reply(id, Ok(None));
+            self.reply(id, Ok(Answer::Done));
             return;
         }
         let edges = edge_blocks(range, unit);
@@ -427,7 +427,7 @@ impl Mirror {
         if task.result.is_ok() {
             self.count_write(task.asked, task.range.len);
         }
-        self.reply(task.id, task.result.map(|()| None));
+        self.reply(task.id, task.result.map(|()| Answer::Done));
         if let Some(lock) = task.lock {
             self.unlock(lock);
         }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::buffer::Payload;
-use crate::mirror::event::{Event, Request, RequestError, RequestId};
+use crate::mirror::event::{Answer, Event, Request, RequestError, RequestId};
 use crate::nbd::export::Export;
 use crate::nbd::session::{Command, Parsed, Session};
 use crate::nbd::wire::{PAYLOAD_BYTES_MAX, REQUEST_BYTES, REQUEST_MAGIC};
@@ -251,11 +251,7 @@ impl World {
     }
 
     /// The core answers a request.
-    pub(super) fn client_reply(
-        &mut self,
-        id: RequestId,
-        result: Result<Option<Payload>, RequestError>,
-    ) -> Checked {
+    pub(super) fn client_reply(&mut self, id: RequestId, result: Result<Answer, RequestError>) -> Checked {
         let Some(daemon) = &mut self.daemon else { return Ok(()) };
         let Some(pending) = daemon.requests.remove(&id.0) else {
             return violated("protocol", format!("request {} is answered twice, or was never sent", id.0));
@@ -269,7 +265,7 @@ impl World {
         let think = self.rng.between(1, 2 * self.plan.think_ns);
         self.wake_in(think, Wake::Client(pending.client));
         match result {
-            Ok(data) => self.judge_success(id.0, &pending, data),
+            Ok(answer) => self.judge_success(id.0, &pending, answer.data()),
             Err(error) => self.judge_failure(id.0, &pending, error),
         }
     }

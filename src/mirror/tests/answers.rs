@@ -27,11 +27,11 @@ fn a_read_after_a_crash_waits_until_the_loss_of_the_source_is_recorded() {
     let images = world.images.clone();
     let mut after = World::open(images, &[0, 1], AssembleOptions::default());
     if let Some(reply) = early {
-        assert_eq!(reply.unwrap().unwrap().bytes(), after.read(AT, 1));
+        assert_eq!(reply.unwrap().data().unwrap().bytes(), after.read(AT, 1));
         return;
     }
     world.drain();
-    assert_eq!(world.reply_to(id).unwrap().unwrap().unwrap().bytes(), [9]);
+    assert_eq!(world.reply_to(id).unwrap().unwrap().data().unwrap().bytes(), [9]);
 }
 
 #[test]
@@ -108,7 +108,7 @@ fn a_sync_waits_for_reads_that_began_before_the_region_was_unsynced() {
     assert!(!world.log.iter().any(|(_, what)| what == "write data" || what == "zero"), "{:?}", world.log);
     world.drain();
     for read in reads {
-        assert_eq!(world.reply_to(read).unwrap().unwrap().unwrap().bytes(), [1; 4096]);
+        assert_eq!(world.reply_to(read).unwrap().unwrap().data().unwrap().bytes(), [1; 4096]);
     }
     assert!(world.same_data(0, 1));
 }

@@ -18,7 +18,7 @@ fn writes_meta(request: &DeviceOp) -> bool {
 fn read_while(world: &mut World, offset: u64, pick: Pick<'_>) -> u8 {
     let id = world.send(Request::Read { range: ByteRange::new(offset, 1) });
     world.drain_where(pick);
-    world.reply_to(id).expect("answered").unwrap().unwrap().bytes()[0]
+    world.reply_to(id).expect("answered").unwrap().data().unwrap().bytes()[0]
 }
 
 #[test]
@@ -147,7 +147,7 @@ fn a_read_that_goes_on_elsewhere_waits_until_the_loss_of_its_replica_is_recorded
     world.send_admin(AdminCommand::Fail(slot(0)));
     world.drain_where(&|on, request| on == 1 && !writes_meta(request));
     if let Some(reply) = world.reply_to(id) {
-        let early = reply.unwrap().unwrap().bytes().to_vec();
+        let early = reply.unwrap().data().unwrap().bytes().to_vec();
         // The process dies here: both count as in sync, and replica 0 is the source.
         let mut after = World::open(world.crash(), &[0, 1], AssembleOptions::default());
         assert_eq!(early, after.read(at, 1));

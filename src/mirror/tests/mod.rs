@@ -11,12 +11,12 @@ use nix::errno::Errno;
 use uuid::Uuid;
 
 use super::event::{
-    Action, AdminCommand, AdminId, Candidate, DeviceOp, DeviceOutput, DeviceTraits, Event, OpId, Request,
-    RequestError, RequestId,
+    Action, AdminCommand, AdminId, Answer, Candidate, DeviceOp, DeviceOutput, DeviceTraits, Event, OpId,
+    Request, RequestError, RequestId,
 };
 use super::status::{Health, ReplicaState};
 use super::{Mirror, MirrorConfig};
-use crate::buffer::{BufferPool, Payload};
+use crate::buffer::BufferPool;
 use crate::format::Found;
 use crate::format::assemble::{AssembleOptions, assemble};
 use crate::format::create::{NewReplica, NewVolume, new_volume};
@@ -28,7 +28,7 @@ use crate::units::{ByteRange, Nanos, REPLICAS_MAX, Regions, ReplicaSet, ReplicaS
 const VOLUME_BYTES: u64 = 1 << 20;
 const REGIONS: Regions = Regions { volume_bytes: VOLUME_BYTES, region_bytes: 64 << 10 };
 
-type Reply = Result<Option<Payload>, RequestError>;
+type Reply = Result<Answer, RequestError>;
 /// Names operations.
 type Pick<'a> = &'a dyn Fn(usize, &DeviceOp) -> bool;
 /// Decides what an operation does instead of succeeding.
@@ -251,7 +251,12 @@ impl World {
     }
 
     fn read(&mut self, offset: u64, len: u64) -> Vec<u8> {
-        self.call(Request::Read { range: ByteRange::new(offset, len) }).unwrap().unwrap().bytes().to_vec()
+        self.call(Request::Read { range: ByteRange::new(offset, len) })
+            .unwrap()
+            .data()
+            .unwrap()
+            .bytes()
+            .to_vec()
     }
 
     fn send_admin(&mut self, command: AdminCommand) {

@@ -10,8 +10,8 @@ use nbdmirror::format::layout::Layout;
 use nbdmirror::format::read::read_found;
 use nbdmirror::format::superblock::MemberState;
 use nbdmirror::mirror::event::{
-    Action, AdminCommand, AdminId, Candidate, DeviceOp, DeviceOutput, DeviceTraits, Event, OpId, Request,
-    RequestError, RequestId,
+    Action, AdminCommand, AdminId, Answer, Candidate, DeviceOp, DeviceOutput, DeviceTraits, Event, OpId,
+    Request, RequestError, RequestId,
 };
 use nbdmirror::mirror::{Mirror, MirrorConfig};
 use nbdmirror::units::{ByteRange, Nanos, REPLICAS_MAX, Regions, ReplicaSet, ReplicaSlot, SECOND_NS};
@@ -412,14 +412,15 @@ impl World {
         self.send(Pending::Flush, |_| Request::Flush);
     }
 
-    fn reply(&mut self, id: u64, result: Result<Option<Payload>, RequestError>) {
+    fn reply(&mut self, id: u64, result: Result<Answer, RequestError>) {
         let Some(daemon) = &mut self.daemon else { return };
         let pending = daemon.requests.remove(&id).expect("a request is answered once");
         let stopping = daemon.stop.is_some() && result.as_ref().err() == Some(&RequestError::Stopping);
         assert!(result.is_ok() || self.errors > 0 || stopping, "{result:?} though no device failed");
         match pending {
             Pending::Read(range, read) => {
-                if let Ok(data) = result {
+                if let Ok(answer) = result {
+                    let data = answer.data();
                     let bytes = data.as_ref().map_or(&[][..], Payload::bytes);
                     self.register.read_ends(range, &read, bytes);
                 }
