@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use nbdmirror::nbd::client;
 use nbdmirror::nbd::export::Export;
-use nbdmirror::nbd::handshake::{ANSWER_BYTES_MAX, Handshake, OPTIONS_MAX, Step};
+use nbdmirror::nbd::handshake::{ANSWER_BYTES_MAX, Handshake, OPTIONS_MAX, Step, TlsMode};
 use nbdmirror::nbd::session::{Command, Parsed, SKIP_BYTES_MAX, Session};
 use nbdmirror::nbd::wire::{self, NbdError};
 use proptest::prelude::*;
@@ -41,7 +41,7 @@ struct Outcome {
 
 /// Feeds `bytes` in pieces of the given lengths (over and over), until an end or the last byte.
 fn run_in_pieces(bytes: &[u8], piece_lens: &[usize]) -> Outcome {
-    let mut handshake = Handshake::new(export(false));
+    let mut handshake = Handshake::new(export(false), TlsMode::Off);
     let mut out = Vec::new();
     let mut consumed = 0;
     let mut lens = piece_lens.iter().cycle();
@@ -55,6 +55,7 @@ fn run_in_pieces(bytes: &[u8], piece_lens: &[usize]) -> Outcome {
                 continue;
             }
             Step::Transmission(_) => ("transmission", String::new()),
+            Step::StartTls => ("starttls", String::new()),
             Step::Close(reason) => ("close", reason),
         };
         return Outcome { consumed, end, reason, out };
@@ -304,7 +305,7 @@ fn the_code_gives_no_error_that_the_table_does_not_have() {
 fn serve_in_memory(mut stream: UnixStream, export: &Arc<Export>) -> std::io::Result<()> {
     let mut disk = vec![0_u8; export.size_bytes as usize];
     stream.write_all(&Handshake::greeting())?;
-    let mut handshake = Handshake::new(Arc::clone(export));
+    let mut handshake = Handshake::new(Arc::clone(export), TlsMode::Off);
     let session = loop {
         // One byte at a time, so that nothing of the transmission is read too early.
         let mut byte = [0];
@@ -315,7 +316,7 @@ fn serve_in_memory(mut stream: UnixStream, export: &Arc<Export>) -> std::io::Res
         match progress.step {
             Step::NeedMore => {}
             Step::Transmission(session) => break session,
-            Step::Close(_) => return Ok(()),
+            Step::StartTls | Step::Close(_) => return Ok(()),
         }
     };
     loop {

@@ -8,6 +8,7 @@
 //!                        ▼                          │
 //!                   OptionData ─────────────────────┘
 //!                        │ GO, EXPORT_NAME: Step::Transmission
+//!                        │ STARTTLS, where TLS is on offer: Step::StartTls
 //!                        ▼ ABORT, a violation, a limit: Step::Close (from any stage)
 //!                      Over
 //! ```
@@ -17,6 +18,7 @@
 //! - An option's data is taken whole before the option is answered, so the stream stays in step.
 //! - Data is kept only for options that need it, as it arrives, and at most `OPTION_DATA_BYTES_MAX` of it;
 //!   the rest runs through. A length that a client claims allocates nothing.
+//! - Nothing that was said before TLS counts inside it: there it begins again with a new `Handshake`.
 //! - One handshake takes at most `OPTIONS_MAX` options and `OPTION_BYTES_MAX` bytes of option data, which
 //!   also bounds what it sends.
 
@@ -44,10 +46,24 @@ const _: () = assert!(OPTION_DATA_BYTES_MAX as u64 <= OPTION_BYTES_MAX);
 
 const CLIENT_FLAGS_KNOWN: u32 = wire::CLIENT_FLAG_FIXED_NEWSTYLE | wire::CLIENT_FLAG_NO_ZEROES;
 
+/// What TLS is to this connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TlsMode {
+    /// Not on offer.
+    Off,
+    /// The client may begin it, and may go on without.
+    Allowed,
+    /// Nothing is granted without it.
+    Required,
+    /// It is under way: this handshake is spoken inside it.
+    On,
+}
+
 /// One client's handshake with the server.
 #[derive(Debug)]
 pub struct Handshake {
     export: Arc<Export>,
+    tls: TlsMode,
     stage: Stage,
     /// What has come of the piece that `stage` waits for; never longer than that piece.
     pending: Vec<u8>,
@@ -94,6 +110,10 @@ pub enum Step {
     NeedMore,
     /// The handshake is done: requests follow.
     Transmission(Session),
+    /// Do the TLS handshake, then go on inside it with [`Handshake::inside_tls`], without another greeting. A client
+    /// waits for the reply before it begins TLS, so input that was not taken was slipped in by somebody: close the
+    /// connection where there is any.
+    StartTls,
     /// Close the connection. The text says why, for the log.
     Close(String),
 }
@@ -104,16 +124,31 @@ impl Handshake {
     /// # Panics
     /// Where the export's strings break the protocol's limits (see [`Export::has_valid_strings`]).
     #[must_use]
-    pub fn new(export: Arc<Export>) -> Self {
+    pub fn new(export: Arc<Export>, tls: TlsMode) -> Self {
         assert!(export.has_valid_strings());
         Self {
             export,
+            tls,
             stage: Stage::ClientFlags,
             pending: Vec::new(),
             no_zeroes: false,
             stopping: false,
             options_seen: 0,
             option_bytes_seen: 0,
+        }
+    }
+
+    /// What goes on inside TLS after `Step::StartTls`: the client's flags were spoken before and hold, everything else
+    /// that was negotiated is forgotten.
+    #[must_use]
+    pub fn inside_tls(self) -> Self {
+        Self {
+            stage: Stage::OptionHeader,
+            no_zeroes: self.no_zeroes,
+            stopping: self.stopping,
+            options_seen: self.options_seen,
+            option_bytes_seen: self.option_bytes_seen,
+            ..Self::new(self.export, TlsMode::On)
         }
     }
 
@@ -183,6 +218,13 @@ impl Handshake {
     fn take_client_flags(&mut self, flags: u32) -> Option<Step> {
         if flags & !CLIENT_FLAGS_KNOWN != 0 {
             return Some(Step::Close(format!("the client set unknown client flags ({flags:#x})")));
+        }
+        if flags & wire::CLIENT_FLAG_FIXED_NEWSTYLE == 0 {
+            // TLS must not even be spoken of then.
+            if self.tls == TlsMode::Required {
+                return Some(Step::Close("the client cannot do TLS, which is required".to_owned()));
+            }
+            self.tls = TlsMode::Off;
         }
         // A client that does not claim fixed newstyle is served all the same: it will send EXPORT_NAME, and
         // the specification lets a server answer other options too.
@@ -258,6 +300,11 @@ impl Handshake {
                 put_refusal(out, code, wire::REP_ERR_SHUTDOWN, "the server is stopping: try again later");
                 None
             }
+            wire::OPT_STARTTLS => self.answer_starttls(option, out),
+            _ if self.tls == TlsMode::Required => {
+                put_refusal(out, code, wire::REP_ERR_TLS_REQD, "TLS is required: begin it with STARTTLS");
+                None
+            }
             wire::OPT_LIST if option.data_bytes > 0 => {
                 put_refusal(out, code, wire::REP_ERR_INVALID, "LIST takes no data");
                 None
@@ -284,9 +331,26 @@ impl Handshake {
         }
     }
 
+    fn answer_starttls(&self, option: IncomingOption, out: &mut Vec<u8>) -> Option<Step> {
+        let (kind, message) = match self.tls {
+            _ if option.data_bytes > 0 => (wire::REP_ERR_INVALID, "STARTTLS takes no data"),
+            TlsMode::On => (wire::REP_ERR_INVALID, "TLS is under way already"),
+            TlsMode::Off => (wire::REP_ERR_POLICY, "this server does not do TLS: go on without it"),
+            TlsMode::Allowed | TlsMode::Required => {
+                put_reply(out, option.code, wire::REP_ACK, &[]);
+                return Some(Step::StartTls);
+            }
+        };
+        put_refusal(out, option.code, kind, message);
+        None
+    }
+
     fn answer_export_name(&self, name: &[u8], out: &mut Vec<u8>) -> Step {
         if self.stopping {
             return Step::Close("EXPORT_NAME while the server is stopping".to_owned());
+        }
+        if self.tls == TlsMode::Required {
+            return Step::Close("EXPORT_NAME without TLS, which is required".to_owned());
         }
         if !self.export.answers_to(name) {
             return Step::Close(format!("EXPORT_NAME asks for an unknown export ({} bytes)", name.len()));

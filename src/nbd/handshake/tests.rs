@@ -49,7 +49,7 @@ fn hello(flags: u32, options: &[(u32, Vec<u8>)]) -> Vec<u8> {
 
 fn run(bytes: &[u8]) -> (Progress, Vec<u8>) {
     let mut out = Vec::new();
-    let progress = Handshake::new(export()).receive(bytes, &mut out);
+    let progress = Handshake::new(export(), TlsMode::Off).receive(bytes, &mut out);
     (progress, out)
 }
 
@@ -117,7 +117,7 @@ fn hs_07_08_unknown_client_flags_close() {
 fn hs_11_one_byte_at_a_time() {
     let bytes = hello(3, &[list(), go(&[])]);
     let (_, whole) = run(&bytes);
-    let mut handshake = Handshake::new(export());
+    let mut handshake = Handshake::new(export(), TlsMode::Off);
     let mut out = Vec::new();
     for (index, byte) in bytes.iter().enumerate() {
         let progress = handshake.receive(&[*byte], &mut out);
@@ -190,9 +190,8 @@ fn opt_09_list_with_data_is_invalid() {
 }
 
 #[test]
-fn opt_11_12_13_30_46_what_is_not_served_is_unsupported() {
+fn opt_30_46_what_is_not_served_is_unsupported() {
     let codes = [
-        wire::OPT_STARTTLS,
         wire::OPT_STRUCTURED_REPLY,
         wire::OPT_LIST_META_CONTEXT,
         wire::OPT_SET_META_CONTEXT,
@@ -269,7 +268,7 @@ fn opt_21_name_is_the_canonical_one_and_an_empty_description_is_left_out() {
     assert_eq!(replies[2].data, b"\0\x02a mirror");
     let plain = Arc::new(Export { description: String::new(), ..(*export()).clone() });
     let mut out = Vec::new();
-    let _ = Handshake::new(plain).receive(&hello(3, &[query]), &mut out);
+    let _ = Handshake::new(plain, TlsMode::Off).receive(&hello(3, &[query]), &mut out);
     assert_eq!(kinds(&out), [wire::REP_INFO, wire::REP_INFO, wire::REP_ACK]);
 }
 
@@ -310,7 +309,8 @@ fn opt_25_the_largest_legal_info_is_served() {
     let data = encode_info_query(longest.name.as_bytes(), &[wire::INFO_NAME; u16::MAX as usize]);
     assert_eq!(data.len(), OPTION_DATA_BYTES_MAX);
     let mut out = Vec::new();
-    let progress = Handshake::new(longest).receive(&hello(3, &[(wire::OPT_INFO, data)]), &mut out);
+    let progress =
+        Handshake::new(longest, TlsMode::Off).receive(&hello(3, &[(wire::OPT_INFO, data)]), &mut out);
     assert!(matches!(progress.step, Step::NeedMore));
     assert_eq!(kinds(&out), [wire::REP_INFO, wire::REP_INFO, wire::REP_ACK]);
 }
@@ -334,7 +334,7 @@ fn opt_44_a_length_of_4_gib_allocates_nothing_and_closes() {
 
 #[test]
 fn opt_44_skipped_data_is_not_kept() {
-    let mut handshake = Handshake::new(export());
+    let mut handshake = Handshake::new(export(), TlsMode::Off);
     let mut out = Vec::new();
     let bytes = hello(3, &[(wire::OPT_GO, vec![0; 16 << 20]), (99, vec![0; 15 << 20])]);
     for piece in bytes.chunks(65_536) {
@@ -346,7 +346,7 @@ fn opt_44_skipped_data_is_not_kept() {
 
 #[test]
 fn opt_44_option_data_is_bounded_over_the_whole_handshake() {
-    let mut handshake = Handshake::new(export());
+    let mut handshake = Handshake::new(export(), TlsMode::Off);
     let mut out = Vec::new();
     let mebibyte = encode_option(99, &vec![0; 1 << 20]);
     let _ = handshake.receive(&hello(3, &[]), &mut out);
@@ -401,7 +401,7 @@ fn ab_04_rubbish_closes_at_once() {
 
 #[test]
 fn nt_03_shutdown_refuses_options_but_not_abort() {
-    let mut handshake = Handshake::new(export());
+    let mut handshake = Handshake::new(export(), TlsMode::Off);
     handshake.begin_shutdown();
     let mut out = Vec::new();
     let options = [list(), info(&[]), go(&[]), (99, vec![1; 9]), (wire::OPT_ABORT, vec![])];
@@ -410,7 +410,7 @@ fn nt_03_shutdown_refuses_options_but_not_abort() {
     let refused = wire::REP_ERR_SHUTDOWN;
     assert_eq!(kinds(&out), [refused, refused, refused, refused, wire::REP_ACK]);
 
-    let mut handshake = Handshake::new(export());
+    let mut handshake = Handshake::new(export(), TlsMode::Off);
     handshake.begin_shutdown();
     let mut out = Vec::new();
     let progress = handshake.receive(&hello(3, &[(wire::OPT_EXPORT_NAME, vec![])]), &mut out);
@@ -419,11 +419,71 @@ fn nt_03_shutdown_refuses_options_but_not_abort() {
 
 #[test]
 fn after_the_end_nothing_is_taken() {
-    let mut handshake = Handshake::new(export());
+    let mut handshake = Handshake::new(export(), TlsMode::Off);
     let mut out = Vec::new();
     let _ = handshake.receive(&hello(3, &[go(&[])]), &mut out);
     let out_bytes = out.len();
     let progress = handshake.receive(&hello(3, &[go(&[])]), &mut out);
     assert!(matches!(progress.step, Step::Close(_)));
     assert_eq!((progress.consumed, out.len()), (0, out_bytes));
+}
+
+fn starttls() -> (u32, Vec<u8>) {
+    (wire::OPT_STARTTLS, vec![])
+}
+
+fn run_tls(tls: TlsMode, bytes: &[u8]) -> (Handshake, Progress, Vec<u8>) {
+    let mut out = Vec::new();
+    let mut handshake = Handshake::new(export(), tls);
+    let progress = handshake.receive(bytes, &mut out);
+    (handshake, progress, out)
+}
+
+#[test]
+fn opt_11_12_13_starttls_without_tls_is_refused_in_step() {
+    let options = [starttls(), (wire::OPT_STARTTLS, vec![1; 9]), list()];
+    let expected = [wire::REP_ERR_POLICY, wire::REP_ERR_INVALID, wire::REP_SERVER, wire::REP_ACK];
+    assert_eq!(haggle_kinds(&options), expected);
+}
+
+#[test]
+fn tls_01_02_05_06_10_starttls_begins_anew() {
+    for tls in [TlsMode::Allowed, TlsMode::Required] {
+        let mut bytes = hello(3, &[starttls()]);
+        let taken = bytes.len();
+        bytes.extend_from_slice(b"slipped in");
+        let (handshake, progress, out) = run_tls(tls, &bytes);
+        assert!(matches!(progress.step, Step::StartTls));
+        assert_eq!((progress.consumed, kinds(&out)), (taken, vec![wire::REP_ACK]));
+        let mut inside = handshake.inside_tls();
+        let mut out = Vec::new();
+        let options = hello(0, &[starttls(), list(), (wire::OPT_EXPORT_NAME, vec![])]);
+        let progress = inside.receive(&options[4..], &mut out); // no flags again
+        assert!(matches!(progress.step, Step::Transmission(_)));
+        let expected = [wire::REP_ERR_INVALID, wire::REP_SERVER, wire::REP_ACK];
+        let (replies, answer) = out.split_at(out.len() - 10); // NO_ZEROES was said before
+        assert_eq!((kinds(replies), &answer[..8]), (expected.to_vec(), &(5_u64 << 30).to_be_bytes()[..]));
+    }
+}
+
+#[test]
+fn tls_03_04_12_nothing_goes_without_required_tls() {
+    let options = [list(), info(&[]), go(&[]), (99, vec![1]), (wire::OPT_STARTTLS, vec![1])];
+    let (_, progress, out) = run_tls(TlsMode::Required, &hello(3, &options));
+    assert!(matches!(progress.step, Step::NeedMore));
+    let required = wire::REP_ERR_TLS_REQD;
+    assert_eq!(kinds(&out), [required, required, required, required, wire::REP_ERR_INVALID]);
+    let (_, progress, out) = run_tls(TlsMode::Required, &hello(3, &[(wire::OPT_EXPORT_NAME, vec![])]));
+    assert!(matches!(progress.step, Step::Close(_)) && out.is_empty());
+    let (_, progress, out) = run_tls(TlsMode::Required, &hello(3, &[(wire::OPT_ABORT, vec![])]));
+    assert!(matches!(progress.step, Step::Close(_)) && kinds(&out) == [wire::REP_ACK]);
+}
+
+#[test]
+fn tls_a_client_without_fixed_newstyle_is_served_without_tls_or_not_at_all() {
+    let (_, progress, out) = run_tls(TlsMode::Allowed, &hello(2, &[starttls(), list()]));
+    assert!(matches!(progress.step, Step::NeedMore));
+    assert_eq!(kinds(&out), [wire::REP_ERR_POLICY, wire::REP_SERVER, wire::REP_ACK]);
+    let (_, progress, _) = run_tls(TlsMode::Required, &hello(2, &[]));
+    assert!(matches!(progress.step, Step::Close(_)));
 }

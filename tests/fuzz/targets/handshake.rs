@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use nbdmirror::nbd::client::{encode_info_query, encode_option};
 use nbdmirror::nbd::export::Export;
-use nbdmirror::nbd::handshake::{ANSWER_BYTES_MAX, Handshake, OPTIONS_MAX, Step};
+use nbdmirror::nbd::handshake::{ANSWER_BYTES_MAX, Handshake, OPTIONS_MAX, Step, TlsMode};
 use nbdmirror::nbd::wire::{self, Reader};
 
 use super::input::{Input, pieces};
@@ -84,7 +84,7 @@ fn options(input: &mut Input<'_>, export: &Export) -> Vec<u8> {
 }
 
 fn converse<'b>(export: &Arc<Export>, stopping: bool, pieces: impl Iterator<Item = &'b [u8]>) -> Outcome {
-    let mut handshake = Handshake::new(Arc::clone(export));
+    let mut handshake = Handshake::new(Arc::clone(export), TlsMode::Off);
     if stopping {
         handshake.begin_shutdown();
     }
@@ -104,6 +104,7 @@ fn converse<'b>(export: &Arc<Export>, stopping: bool, pieces: impl Iterator<Item
                 End::NeedMore
             }
             Step::Transmission(session) => End::Transmission(Arc::clone(session.export())),
+            Step::StartTls => panic!("TLS is not on offer"),
             Step::Close(why) => {
                 assert!(!why.is_empty());
                 End::Close(why)

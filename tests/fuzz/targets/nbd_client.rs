@@ -10,7 +10,7 @@ use std::io::{self, Read, Write};
 use std::sync::Arc;
 
 use nbdmirror::nbd::client::{Connected, connect, parse_greeting, parse_option_reply, parse_simple_reply};
-use nbdmirror::nbd::handshake::{Handshake, Step};
+use nbdmirror::nbd::handshake::{Handshake, Step, TlsMode};
 use nbdmirror::nbd::wire::{self, NbdError, Reader};
 
 use super::handshake::export;
@@ -71,7 +71,7 @@ fn honest(input: &mut Input<'_>) {
     let export = export(input);
     let name = if input.one_in(2) { export.name.clone() } else { input.text() };
     let mut server = Duplex {
-        handshake: Handshake::new(Arc::clone(&export)),
+        handshake: Handshake::new(Arc::clone(&export), TlsMode::Off),
         to_client: Handshake::greeting().to_vec(),
         taken: 0,
         sent: 0,
