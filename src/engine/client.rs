@@ -276,7 +276,7 @@ impl Client {
             }
             Command::Read { offset, len } => Request::Read { range: range(offset, len) },
             Command::WriteZeroes { offset, len, may_unmap, fua } => {
-                Request::WriteZeroes { range: range(offset, len), may_unmap, fua }
+                Request::WriteZeroes { range: range(offset, len), may_unmap, fast: false, fua }
             }
             Command::Trim { offset, len, fua } => Request::Trim { range: range(offset, len), fua },
             Command::Flush => Request::Flush,

@@ -291,6 +291,7 @@ fn nbd_error(error: RequestError) -> NbdError {
         RequestError::NoSpace => NbdError::NoSpc,
         RequestError::ReadOnly => NbdError::Perm,
         RequestError::Stopping => NbdError::Shutdown,
+        RequestError::NotSupported => NbdError::NotSup,
     }
 }
 

@@ -121,7 +121,9 @@ impl DeviceIo {
                 Work::Zero { offset: offset.0, len, done: 0, how, zeroes: zeroes.clone() }
             }
             DeviceOp::Flush => Work::Flush,
-            DeviceOp::ProbeHole { .. } => unreachable!("answered without the ring"),
+            DeviceOp::Cache { .. } | DeviceOp::Allocation { .. } | DeviceOp::ProbeHole { .. } => {
+                unreachable!("answered without the ring")
+            }
         };
         let answers_for_others = written_back && matches!(work, Work::Write { durable: Durable::Itself, .. });
         let io = Self { op, slot, fd, io_align: u64::from(io_align), retries: 0, answers_for_others, work };

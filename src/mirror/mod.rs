@@ -282,8 +282,13 @@ impl Mirror {
         match request {
             Request::Read { range } => self.start_read(id, range),
             Request::Write { offset, data, fua } => self.start_write(id, offset, data, fua),
-            Request::WriteZeroes { range, may_unmap, fua } => self.start_zeroes(id, range, may_unmap, fua),
+            Request::WriteZeroes { range, may_unmap, fast: _, fua } => {
+                self.start_zeroes(id, range, may_unmap, fua);
+            }
             Request::Trim { range, fua } => self.start_trim(id, range, fua),
+            Request::Cache { .. } => self.reply(id, Ok(Answer::Done)),
+            // To come.
+            Request::BlockStatus { .. } => self.reply(id, Err(RequestError::NotSupported)),
             Request::Flush if self.config.read_only => self.reply_flush(id, true),
             Request::Flush => self.request_flush(self.active(), flush::FlushOwner::Client(id)),
         }

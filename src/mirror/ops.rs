@@ -57,7 +57,11 @@ impl Mirror {
         let bytes = match &request {
             DeviceOp::Read { len, .. } => *len,
             DeviceOp::Write { data, .. } => data.len as u64,
-            DeviceOp::Zero { .. } | DeviceOp::Flush | DeviceOp::ProbeHole { .. } => 0,
+            DeviceOp::Zero { .. }
+            | DeviceOp::Flush
+            | DeviceOp::Cache { .. }
+            | DeviceOp::Allocation { .. }
+            | DeviceOp::ProbeHole { .. } => 0,
         };
         let key = self.ops.insert(Op { owner, slot, issued: self.now, bytes });
         let replica = self.replica_mut(slot);

@@ -182,7 +182,7 @@ impl World {
                 value.fill(range.offset, data.bytes_mut());
                 Request::Write { offset: range.offset, data, fua }
             }
-            Asked::Zero => Request::WriteZeroes { range, may_unmap: self.rng.coin(), fua },
+            Asked::Zero => Request::WriteZeroes { range, may_unmap: self.rng.coin(), fast: false, fua },
             Asked::Trim => Request::Trim { range, fua },
             Asked::Flush => Request::Flush,
         };

@@ -148,6 +148,10 @@ counted! {
         Flush => "flush",
         /// A search for a hole.
         Probe => "probe_hole",
+        /// A prefetch.
+        Cache => "cache",
+        /// A question for holes.
+        Allocation => "allocation",
     }
 }
 

@@ -8,6 +8,7 @@
 use nix::errno::Errno;
 
 use crate::buffer::Buffer;
+use crate::extent::Extent;
 use crate::mirror::event::{DeviceOp, DeviceOutput, Event, OpId};
 use crate::units::{BLOCK_BYTES, ByteRange, ReplicaSlot, SECOND_NS};
 
@@ -37,6 +38,10 @@ pub enum Kind {
     Flush(FlushMark),
     /// Look for a hole.
     ProbeHole,
+    /// Warm up: nothing happens.
+    Cache,
+    /// Look for holes.
+    Allocation,
 }
 
 /// A device operation in flight.
@@ -58,6 +63,12 @@ impl Op {
     #[must_use]
     pub fn writes(&self) -> bool {
         matches!(self.kind, Kind::Write { .. } | Kind::Zero(_))
+    }
+
+    /// Whether it neither reads nor writes: a flush, a question for holes, a prefetch.
+    #[must_use]
+    pub fn is_question_or_flush(&self) -> bool {
+        matches!(self.kind, Kind::Flush(_) | Kind::ProbeHole | Kind::Cache | Kind::Allocation)
     }
 
     /// The byte that it writes at `at` from its beginning.
@@ -89,6 +100,8 @@ impl Op {
             Kind::Zero(_) => DeviceKind::Zero,
             Kind::Flush(_) => DeviceKind::Flush,
             Kind::ProbeHole => DeviceKind::Probe,
+            Kind::Cache => DeviceKind::Cache,
+            Kind::Allocation => DeviceKind::Allocation,
         }
     }
 
@@ -102,6 +115,8 @@ impl Op {
             Kind::Zero(_) => format!("zero {at}+{len}"),
             Kind::Flush(_) => "flush".to_owned(),
             Kind::ProbeHole => format!("probe {at}+{len}"),
+            Kind::Cache => format!("cache {at}+{len}"),
+            Kind::Allocation => format!("allocation {at}+{len}"),
         }
     }
 }
@@ -161,6 +176,8 @@ impl World {
             }
             DeviceOp::Flush => (ByteRange::new(0, 0), Kind::Flush(target.flush_mark())),
             DeviceOp::ProbeHole { offset, len } => (ByteRange::new(offset.0, len), Kind::ProbeHole),
+            DeviceOp::Cache { offset, len } => (ByteRange::new(offset.0, len), Kind::Cache),
+            DeviceOp::Allocation { offset, len } => (ByteRange::new(offset.0, len), Kind::Allocation),
         };
         Op { slot, disk, range, kind, result: None }
     }
@@ -169,7 +186,7 @@ impl World {
         let align = match op.kind {
             Kind::Read(_) | Kind::Write { .. } => u64::from(self.disks[op.disk].traits.io_align),
             Kind::Zero(_) => BLOCK_BYTES,
-            Kind::Flush(_) | Kind::ProbeHole => return Ok(()),
+            Kind::Flush(_) | Kind::ProbeHole | Kind::Cache | Kind::Allocation => return Ok(()),
         };
         let fits = op.range.end() <= self.disks[op.disk].disk.bytes() && !op.range.is_empty();
         if op.writes() && (self.read_only || self.disks[op.disk].foreign) {
@@ -239,6 +256,7 @@ impl World {
             }
             Kind::Zero(seq) => disk.apply_zero(*seq, op.range, |_| true),
             Kind::Flush(mark) => disk.flush(mark),
+            Kind::Cache | Kind::Allocation => {}
             Kind::ProbeHole => return disk.is_hole(op.range) && (self.manual || self.rng.per_mille(900)),
         }
         false
@@ -276,7 +294,7 @@ impl World {
         match &op.kind {
             Kind::Write { data, seq, .. } => disk.apply(*seq, op.range.offset, data, &mut keep),
             Kind::Zero(seq) => disk.apply_zero(*seq, op.range, &mut keep),
-            Kind::Read(_) | Kind::Flush(_) | Kind::ProbeHole => {}
+            Kind::Read(_) | Kind::Flush(_) | Kind::ProbeHole | Kind::Cache | Kind::Allocation => {}
         }
     }
 
@@ -310,6 +328,7 @@ impl World {
             Ok(hole) => Ok(match op.kind {
                 Kind::Read(Some(buffer)) => DeviceOutput::Read(buffer),
                 Kind::ProbeHole => DeviceOutput::Hole(hole),
+                Kind::Allocation => DeviceOutput::Allocation(vec![Extent { len: op.range.len, flags: 0 }]),
                 _ => DeviceOutput::Done,
             }),
         };

@@ -296,13 +296,13 @@ impl World {
     /// of the same bytes to several replicas are one write.
     pub(super) fn promise_3_one_order(&self, op: &Op) -> Checked {
         let Some(daemon) = &self.daemon else { return Ok(()) };
-        if matches!(op.kind, Kind::Flush(_) | Kind::ProbeHole) || op.range.offset >= self.plan.volume_bytes {
+        if op.is_question_or_flush() || op.range.offset >= self.plan.volume_bytes {
             return Ok(());
         }
         let active = daemon.in_sync.union(daemon.resyncing);
         for (key, other) in &daemon.ops {
             let both_read = !op.writes() && !other.writes();
-            let overlap = op.range.overlaps(other.range) && !matches!(other.kind, Kind::ProbeHole);
+            let overlap = op.range.overlaps(other.range) && !other.is_question_or_flush();
             if both_read || !overlap || !active.contains(other.slot) {
                 continue;
             }

@@ -10,6 +10,7 @@
 //! - What was assembled opens: the core's own invariants hold over it.
 
 use nbdmirror::buffer::BufferPool;
+use nbdmirror::extent::Extent;
 use nbdmirror::format::assemble::{AssembleOptions, Readmit, assemble, readmit};
 use nbdmirror::format::bitmap::{Bitmap, RegionMaps};
 use nbdmirror::format::create::{Created, NewReplica, NewVolume, new_volume};
@@ -401,7 +402,10 @@ fn opens(assembly: Assembly, found: &[Found], read_only: bool) {
                 DeviceOutput::Read(buffer)
             }
             DeviceOp::ProbeHole { .. } => DeviceOutput::Hole(false),
-            DeviceOp::Write { .. } | DeviceOp::Zero { .. } | DeviceOp::Flush => DeviceOutput::Done,
+            DeviceOp::Allocation { len, .. } => DeviceOutput::Allocation(vec![Extent { len, flags: 0 }]),
+            DeviceOp::Write { .. } | DeviceOp::Zero { .. } | DeviceOp::Flush | DeviceOp::Cache { .. } => {
+                DeviceOutput::Done
+            }
         };
         mirror.handle(Nanos(2 + done as u64), Event::DeviceDone { op, result: Ok(output) }, &mut actions);
         mirror.check_invariants();
