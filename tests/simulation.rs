@@ -39,6 +39,10 @@ const REGRESSIONS: &[(u64, &str)] = &[
     (7_013_271, "a source whose failed flush was heard of and not recorded is not written anew"),
     (7_002_053, "a flush fails because the replica it was asked of was failed, with another in sync by then"),
     (8_007_564, "a sync writes before its region's intent bit is durable"),
+    (
+        20_060_055,
+        "a replica that missed nothing joins in the commit that takes it in; a third one, a commit behind, is refused",
+    ),
 ];
 
 /// Runs `seeds` on all cores and gives the failures in order of seeds, and what happened.
