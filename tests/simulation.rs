@@ -43,6 +43,11 @@ const REGRESSIONS: &[(u64, &str)] = &[
         20_060_055,
         "a replica that missed nothing joins in the commit that takes it in; a third one, a commit behind, is refused",
     ),
+    (
+        20_015_462,
+        "where no replica can flush a copied region, its source is failed and one that has the copy in its cache stays",
+    ),
+    (20_015_550, "the same, after flushes that failed at the start"),
 ];
 
 /// Runs `seeds` on all cores and gives the failures in order of seeds, and what happened.

@@ -213,3 +213,16 @@ fn a_replica_that_misses_nothing_is_recorded_as_resyncing_before_it_joins() {
         }
     }
 }
+
+#[test]
+fn where_a_synced_region_can_be_flushed_nowhere_its_source_stays() {
+    let mut world = World::new(2);
+    world.write(0, 4096, 1).unwrap();
+    let mut images = world.crash();
+    images[1][..4096].fill(0); // as if the write had not reached it
+    let mut world = World::begin(images, &[0, 1], AssembleOptions::default(), ReplicaSet::EMPTY);
+    world.fault = Box::new(|_, request| is_flush(request).then_some(Errno::EIO));
+    assert_eq!(world.read(0, 1), [1]);
+    // One of the two had to go. The copy on replica 1 stands in its cache only; the source had it before.
+    assert_eq!((world.state(0), world.state(1)), (ReplicaState::InSync, ReplicaState::Faulty));
+}
