@@ -48,6 +48,10 @@ const REGRESSIONS: &[(u64, &str)] = &[
         "where no replica can flush a copied region, its source is failed and one that has the copy in its cache stays",
     ),
     (20_015_550, "the same, after flushes that failed at the start"),
+    (
+        20_072_369,
+        "no bug: a resyncing replica's own bit, of a write that failed, goes when it gets the volume's pages",
+    ),
 ];
 
 /// Runs `seeds` on all cores and gives the failures in order of seeds, and what happened.

@@ -456,8 +456,10 @@ impl World {
         if before != after {
             self.trace(|| format!("in sync {:?}, resyncing {:?}, members {:?}", after.0, after.1, after.2));
             let in_sync = self.in_sync_disks();
+            let new = after.0.difference(before.0);
+            let new: Vec<usize> = new.iter().filter_map(|slot| self.disk_of(slot)).collect();
             for (disk, view) in self.meta.iter_mut().enumerate() {
-                if in_sync.contains(&disk) {
+                if in_sync.contains(&disk) && !new.contains(&disk) {
                     view.look_again();
                 } else {
                     view.forget();
