@@ -455,7 +455,8 @@ impl Mirror {
                 self.counters.writes += 1;
                 self.counters.write_bytes += bytes;
             }
-            Asked::Zeroes | Asked::Refused => self.counters.zeroes += 1,
+            Asked::Zeroes => self.counters.zeroes += 1,
+            Asked::Refused => {}
             Asked::Trim => self.counters.trims += 1,
         }
     }

@@ -222,10 +222,8 @@ impl World {
         let Some(daemon) = &self.daemon else { return Ok(()) };
         let fast_how = fast.then_some(may_unmap);
         let was_open = daemon.mirror.is_open();
-        let must_refuse = was_open
-            && !self.read_only
-            && !range.is_empty()
-            && fast_how.is_some_and(|may_unmap| self.zeroes_slowly(may_unmap));
+        let must_refuse =
+            was_open && !self.read_only && fast_how.is_some_and(|may_unmap| self.zeroes_slowly(may_unmap));
         let request = match asked {
             Asked::Read => Request::Read { range },
             Asked::Write => {

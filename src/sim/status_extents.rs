@@ -202,7 +202,8 @@ impl World {
 
     /// A request is refused as not supported.
     pub(super) fn judge_refusal(&mut self, id: u64, pending: &Pending) -> Checked {
-        if !pending.fast.is_some_and(|may_unmap| self.zeroes_slowly(may_unmap)) {
+        // Of one sent before the volume was open it is decided later, over replicas that may be gone by now.
+        if pending.fast.is_none() || pending.was_open && !pending.must_refuse {
             let asked = pending.asked;
             return violated("protocol", format!("request {id} ({asked:?}) is refused as not supported"));
         }
