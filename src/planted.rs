@@ -59,7 +59,7 @@ pub enum Bug {
     StopWithoutFlush,
     /// Where the holes are is asked of a replica that is being brought up to date, too (promise 5).
     AllocationOfResyncing,
-    /// Unsynced regions are asked for holes like any other (promise 5).
+    /// Unsynced regions are asked for holes like any other, of any replica (promise 5).
     UnsyncedAllocation,
     /// What a replica that is away misses is not shown to clients (promise 2).
     StaleMapNotShown,

@@ -219,7 +219,10 @@ impl Mirror {
             self.status_learn(key, &[Extent { len: segment.len, flags: 0 }]);
             return;
         }
-        let slot = self.policy.prefer(candidates, segment);
+        let mut slot = self.policy.prefer(candidates, segment);
+        if planted(Bug::UnsyncedAllocation) {
+            slot = candidates.iter().last().unwrap_or(slot);
+        }
         let task = self.status_task(key);
         task.tried.insert(slot);
         task.questions += 1;

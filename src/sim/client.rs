@@ -105,7 +105,10 @@ impl World {
             self.wake_in(1 + self.plan.think_ns, Wake::Client(client));
             return self.promise_11_hostile_request();
         }
-        let asked = if self.rng.per_mille(self.plan.mix.status) {
+        // Where copies may differ there is more to be got wrong.
+        let status = self.plan.mix.status;
+        let status = if status > 0 && self.is_unsynced() { 300 } else { status };
+        let asked = if self.rng.per_mille(status) {
             Asked::Status
         } else if self.rng.per_mille(self.plan.mix.cache) {
             Asked::Cache
