@@ -40,6 +40,8 @@ counted! {
         FlushError => "flush_error",
         /// A flush failed and the disk forgot what it was to flush; it succeeds when asked again.
         FlushLosesCache => "flush_loses_cache",
+        /// And reads showed it at once.
+        FlushTurnsBack => "flush_turns_back",
         /// A flush failed for what an earlier daemon had not lived to hear of.
         LateFlushError => "late_flush_error",
         /// An operation hung for seconds.

@@ -329,6 +329,18 @@ impl World {
         self.land(&mut op, landing);
     }
 
+    /// A flush that lost what it was to flush may end with the pages dropped. Where another replica is in sync and well,
+    /// nobody may read that: whoever hears of the failure answers from the other one.
+    fn turn_back(&mut self, op: &Op) {
+        let flush_failed = matches!(op.kind, Kind::Flush(_)) && op.result == Some(Err(Errno::EIO));
+        let rates = &self.plan.faults;
+        let turns_back = rates.flush_loses && rates.flush_turns_back && self.plan.within_model;
+        if flush_failed && turns_back && self.in_sync_disks().iter().any(|disk| *disk != op.disk) {
+            self.disks[op.disk].disk.turn_back();
+            self.counts.fault(FaultKind::FlushTurnsBack);
+        }
+    }
+
     /// An operation is answered.
     pub(super) fn complete_op(&mut self, key: OpKey) -> Checked {
         let Some(op) = self.daemon.as_mut().and_then(|daemon| daemon.ops.remove(&key)) else {
@@ -338,6 +350,7 @@ impl World {
         if let Kind::Write { seq, .. } | Kind::Zero(seq) = &op.kind {
             self.disks[op.disk].disk.complete_write(*seq);
         }
+        self.turn_back(&op);
         if let Kind::Write { data, payload, .. } = &op.kind
             && payload.bytes() != data
         {

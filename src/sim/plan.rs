@@ -17,6 +17,8 @@ pub struct FaultRates {
     pub flush_error: u64,
     /// A failed flush also loses what it was to flush.
     pub flush_loses: bool,
+    /// And reads show that as soon as the daemon hears of it (else a power cut does).
+    pub flush_turns_back: bool,
     /// Operations that hang for seconds and then end, per mille.
     pub hang: u64,
     /// The daemon is killed.
@@ -131,6 +133,8 @@ impl Plan {
         let cut = rng.below(region_bytes / BLOCK_BYTES) * BLOCK_BYTES;
         let volume_bytes = (regions * region_bytes - cut).max(BLOCK_BYTES);
         let within_model = rng.per_mille(650);
+        // Drawn apart: the other draws stay what they were before there was this one.
+        let flush_turns_back = Rng::new(seed ^ 0x7475_726e_6261_636b).coin();
         Self {
             seed,
             volume_bytes,
@@ -144,7 +148,7 @@ impl Plan {
             latency_ns: rng.pick(&[20_000, 100_000, 2_000_000]),
             slow_factor: rng.pick(&[1, 1, 10]),
             within_model,
-            faults: FaultRates::draw(&mut rng, replicas, within_model),
+            faults: FaultRates { flush_turns_back, ..FaultRates::draw(&mut rng, replicas, within_model) },
             write_mostly: rng.pick(&[0, 0, 300, 1000]),
             intent_idle_ns: rng.pick(&[5, 50, 500, 5000]) * MILLISECOND_NS,
             resync_jobs_max: rng.between(1, 6) as usize,
@@ -189,6 +193,7 @@ impl FaultRates {
             write_error: sometimes(300, &[2, 10, 100]),
             flush_error: sometimes(300, &[10, 100, 500]),
             flush_loses: sometimes(500, &[1]) == 1,
+            flush_turns_back: false,
             hang: sometimes(150, &[2, 10]),
             kill_pause_ns: sometimes(600, pauses),
             cut_pause_ns: sometimes(500, pauses),

@@ -508,6 +508,8 @@ impl World {
     /// The daemon dies; `cut`: the power goes with it.
     pub fn crash(&mut self, cut: bool) {
         self.holders = self.in_sync_disks();
+        // The kernel reports a loss once, and whoever heard of it dies before it is recorded: nobody can know.
+        self.beyond_repair |= !cut && self.holder_turned_back();
         let Some(daemon) = self.daemon.take() else { return };
         self.trace(|| format!("CRASH: {}", if cut { "power cut" } else { "kill" }));
         self.must_refuse.clear();
@@ -536,6 +538,12 @@ impl World {
         }
         self.meta.iter_mut().for_each(MetaView::forget);
         self.clients.iter_mut().for_each(Client::forget);
+    }
+
+    /// Whether a replica in sync shows that it lost what it was to flush: it is about to be failed.
+    pub(super) fn holder_turned_back(&self) -> bool {
+        let volume = self.plan.volume_bytes;
+        self.in_sync_disks().iter().any(|disk| self.disks[*disk].disk.has_turned_back(volume))
     }
 
     /// A replica that counts as in sync by the others' word only (the commit in which it joined did not reach it) is refused
