@@ -70,6 +70,7 @@ impl DataPlane {
                     let _ = answer.send(self.status());
                 }
                 Message::Stop(answer) => self.begin_stop(answer),
+                Message::Allocation { op, slot, extents } => self.surveyed(op, slot, extents),
             }
         }
     }

@@ -54,7 +54,7 @@ struct World {
 }
 
 fn traits(bytes: usize) -> DeviceTraits {
-    DeviceTraits { device_bytes: bytes as u64, io_align: 512, cheap_zero: true }
+    DeviceTraits { device_bytes: bytes as u64, io_align: 512, cheap_zero: true, cheap_allocated_zero: true }
 }
 
 fn found_on(image: &[u8], name: &str) -> Option<Found> {
