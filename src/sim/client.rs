@@ -5,10 +5,10 @@ use std::sync::Arc;
 use crate::buffer::Payload;
 use crate::extent::{ContextSet, StatusContext};
 use crate::mirror::event::{Answer, Event, Request, RequestError, RequestId};
-use crate::nbd::export::Export;
+use crate::nbd::export::{Export, Negotiated};
 use crate::nbd::session::{Command, Parsed, Session};
 use crate::nbd::wire::{PAYLOAD_BYTES_MAX, REQUEST_BYTES, REQUEST_MAGIC};
-use crate::units::{BLOCK_BYTES, ByteRange};
+use crate::units::{BLOCK_BYTES, ByteRange, ReplicaSet};
 
 use super::counts::RequestKind;
 use super::disk::FlushMark;
@@ -282,6 +282,7 @@ impl World {
             description: String::new(),
             size_bytes: volume,
             read_only: self.read_only,
+            replicas: ReplicaSet::EMPTY,
         };
         let rng = &mut self.rng;
         let near = |rng: &mut Rng, at: u64| at.wrapping_add(rng.between(0, 8192)).wrapping_sub(4096);
@@ -305,12 +306,13 @@ impl World {
         header[16..24].copy_from_slice(&offset.to_be_bytes());
         header[24..].copy_from_slice(&len.to_be_bytes());
         let end = u128::from(offset) + u128::from(len);
-        match Session::new(Arc::new(export)).parse(&header) {
-            Parsed::Command { command: Command::Flush, .. } => Ok(()),
-            Parsed::Command { command, .. } if end > u128::from(volume) => {
+        let parsed = Session::new(Arc::new(export), Negotiated::default()).parse(&header);
+        match parsed.map(|(parsed, _)| parsed) {
+            Some(Parsed::Command { command: Command::Flush, .. }) => Ok(()),
+            Some(Parsed::Command { command, .. }) if end > u128::from(volume) => {
                 violated("promise_11_bad_input", format!("{command:?} leaves the volume and is let through"))
             }
-            Parsed::Command { command, .. } if self.read_only && !matches!(command, Command::Read { .. }) => {
+            Some(Parsed::Command { command, .. }) if self.read_only && command.writes() => {
                 violated("promise_11_bad_input", format!("{command:?} is let through to a read-only volume"))
             }
             _ => Ok(()),
