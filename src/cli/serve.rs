@@ -262,7 +262,13 @@ impl Serve {
             intent_idle_ns: INTENT_IDLE_NS,
             resync_jobs_max: RESYNC_JOBS_MAX,
         };
-        let config = EngineConfig { mirror, assembly, devices, memory_bytes_max: self.memory };
+        let config = EngineConfig {
+            mirror,
+            assembly,
+            devices,
+            memory_bytes_max: self.memory,
+            client_idle_ns_max: None,
+        };
         let engine = crate::engine::start(config).map_err(|error| Failure::new(error.to_string()))?;
         let status = wait_until_open(&engine.handle)?;
         let listen_uris: Vec<String> =
