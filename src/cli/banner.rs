@@ -10,14 +10,15 @@ use crate::engine::EngineStatus;
 use crate::format::describe::shell_word;
 use crate::mirror::status::ReplicaState;
 
-/// The NBD URI of a volume at a place.
-pub(super) fn uri(place: &Place, name: &str) -> String {
+/// The NBD URI of a volume at a place; `secure`: with TLS, which is required there.
+pub(super) fn uri(place: &Place, name: &str, secure: bool) -> String {
+    let scheme = if secure { "nbds" } else { "nbd" };
     let name = percent_encode(name, "");
     match place {
         Place::Unix(path) => {
-            format!("nbd+unix:///{name}?socket={}", percent_encode(&path.display().to_string(), "/"))
+            format!("{scheme}+unix:///{name}?socket={}", percent_encode(&path.display().to_string(), "/"))
         }
-        Place::Tcp(address) => format!("nbd://{address}/{name}"),
+        Place::Tcp(address) => format!("{scheme}://{address}/{name}"),
     }
 }
 
@@ -36,7 +37,7 @@ fn percent_encode(text: &str, also: &str) -> String {
 }
 
 /// The whole text.
-pub(super) fn banner(status: &EngineStatus, places: &[Place], control: &Path) -> String {
+pub(super) fn banner(status: &EngineStatus, places: &[Place], control: &Path, secure: bool) -> String {
     let volume = &status.volume;
     let access = if volume.read_only { "read-only" } else { "read-write" };
     let mut text = format!("Serving volume {}: {}, {access}\n", volume.name, pretty(volume.size_bytes));
@@ -61,11 +62,16 @@ pub(super) fn banner(status: &EngineStatus, places: &[Place], control: &Path) ->
         let _ = writeln!(text, "  it was not stopped cleanly: {bytes} are synced in the background");
     }
     for (index, place) in places.iter().enumerate() {
-        let _ = writeln!(text, "{:8} {}", if index == 0 { "serves" } else { "" }, uri(place, &volume.name));
+        let _ = writeln!(
+            text,
+            "{:8} {}",
+            if index == 0 { "serves" } else { "" },
+            uri(place, &volume.name, secure)
+        );
     }
     let _ = writeln!(text, "control  {}", control.display());
     if let Some(place) = places.first() {
-        attach_commands(&mut text, place, &volume.name);
+        attach_commands(&mut text, place, &volume.name, secure);
     }
     let name = shell_word(&volume.name);
     let _ =
@@ -73,8 +79,12 @@ pub(super) fn banner(status: &EngineStatus, places: &[Place], control: &Path) ->
     text
 }
 
-fn attach_commands(text: &mut String, place: &Place, name: &str) {
-    let uri = shell_word(&uri(place, name));
+fn attach_commands(text: &mut String, place: &Place, name: &str, secure: bool) {
+    if secure {
+        text.push_str("clients must use TLS: docs/tls.md has each client's command line\n");
+        return;
+    }
+    let uri = shell_word(&uri(place, name, secure));
     let nbd_client = match place {
         Place::Unix(path) => format!("-unix {}", shell_word(&path.display().to_string())),
         Place::Tcp(address) => format!("{} {}", address.ip(), address.port()),
@@ -96,7 +106,8 @@ mod tests {
             (Place::Tcp("127.0.0.1:10809".parse().unwrap()), "ü/", "nbd://127.0.0.1:10809/%C3%BC%2F"),
             (Place::Tcp("[::1]:1".parse().unwrap()), "v", "nbd://[::1]:1/v"),
         ] {
-            assert_eq!(uri(&place, name), expected);
+            assert_eq!(uri(&place, name, false), expected);
+            assert_eq!(uri(&place, name, true), expected.replacen("nbd", "nbds", 1));
         }
     }
 }

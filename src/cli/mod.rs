@@ -57,7 +57,7 @@ enum Verb {
     /// Make a volume on files or block devices.
     Create(create::Create),
     /// Serve a volume over NBD.
-    Serve(serve::Serve),
+    Serve(Box<serve::Serve>),
     /// Show running volumes.
     Status(status::Status),
     /// Show what stands on replicas, whether or not they are in use.

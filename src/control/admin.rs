@@ -15,8 +15,9 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_uring::net::UnixStream;
 use uuid::Uuid;
 
-use super::accept::{Acceptor, Handshakes};
+use super::accept::{Acceptor, Arrival};
 use super::failure::Failure;
+use super::handshakes::Handshakes;
 use super::protocol::{Answer, DaemonStatus, REQUEST_BYTES_MAX, Request, VolumeStatus};
 use crate::engine::device::ReplicaDevice;
 use crate::engine::{AdminRequest, EngineHandle, StopReport};
@@ -58,7 +59,7 @@ pub(super) struct Desk {
 /// Accepts operators until it is dropped.
 pub(super) async fn accept_operators(acceptor: Acceptor, desk: Rc<Desk>) {
     loop {
-        let (fd, peer) = acceptor.accept().await;
+        let Arrival { fd, peer, .. } = acceptor.accept().await;
         // Each operator's task holds the desk; this loop does too.
         if Rc::strong_count(&desk) > OPERATORS_MAX {
             tracing::warn!("{peer}: {OPERATORS_MAX} operators are connected; this one is turned away");

@@ -1,34 +1,14 @@
-//! Where clients connect: parsing `--listen`, and binding sockets so that a living daemon's is never taken.
-//!
-//! A Unix socket's life:
-//!
-//! ```text
-//!   lock PATH.lock ──(held)──► refused: a live daemon has it
-//!        │
-//!        ▼
-//!   PATH: nothing ──► bind ──► in use ──► PATH and PATH.lock removed when dropped
-//!         socket, nobody answers ──► unlink, bind
-//!         socket, somebody answers, or anything else ──► refused
-//! ```
-//!
-//! The lock closes the race between two daemons that both find a dead socket.
+//! Where clients connect: parsing `--listen`, and binding it.
 
 use std::fmt;
-use std::fs::{File, OpenOptions, Permissions};
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener, ToSocketAddrs};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg};
-
 use super::failure::Failure;
-
-/// Longest path of a Unix socket, bytes (`sun_path` without its final NUL).
-pub const SOCKET_PATH_BYTES_MAX: usize = 107;
+use super::unix_socket::{SocketAccess, UnixSocket, check_socket_path};
 
 /// What `--listen` names.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -84,24 +64,13 @@ impl fmt::Display for ListenAddress {
     }
 }
 
-fn check_socket_path(path: &Path) -> Result<(), String> {
-    let bytes = path.as_os_str().len();
-    if bytes == 0 {
-        return Err("unix: needs a path, such as unix:/run/nbdmirror/vol.sock".to_owned());
-    }
-    if bytes > SOCKET_PATH_BYTES_MAX {
-        return Err(format!(
-            "the socket path has {bytes} bytes, the kernel takes {SOCKET_PATH_BYTES_MAX}; use a shorter one"
-        ));
-    }
-    Ok(())
-}
-
 /// A socket that listens. Closing it, by dropping, removes a Unix socket's file and its lock.
 #[derive(Debug)]
 pub enum Listener {
     /// A Unix socket.
     Unix(UnixSocket),
+    /// A Unix socket that whoever started us listens on, such as systemd: its file is not ours to remove.
+    InheritedUnix(UnixListener, PathBuf),
     /// A TCP socket and the address it got.
     Tcp(TcpListener, SocketAddr),
 }
@@ -111,7 +80,8 @@ impl Listener {
     #[must_use]
     pub fn place(&self) -> Place {
         match self {
-            Self::Unix(socket) => Place::Unix(socket.path.clone()),
+            Self::Unix(socket) => Place::Unix(socket.path().to_owned()),
+            Self::InheritedUnix(_, path) => Place::Unix(path.clone()),
             Self::Tcp(_, address) => Place::Tcp(*address),
         }
     }
@@ -140,13 +110,14 @@ impl Place {
     }
 }
 
-/// Binds `address`. A host name may give several listeners (such as `localhost` on IPv4 and IPv6).
+/// Binds `address`. A host name may give several listeners (such as `localhost` on IPv4 and IPv6). `access` is of Unix
+/// sockets.
 ///
 /// # Errors
 /// The address is in use, unknown, or not ours; a Unix socket's path is taken by a live daemon or by a file.
-pub fn bind(address: &ListenAddress) -> Result<Vec<Listener>, Failure> {
+pub fn bind(address: &ListenAddress, access: SocketAccess) -> Result<Vec<Listener>, Failure> {
     match address {
-        ListenAddress::Unix(path) => Ok(vec![Listener::Unix(UnixSocket::bind(path, 0o600)?)]),
+        ListenAddress::Unix(path) => Ok(vec![Listener::Unix(UnixSocket::bind(path, access)?)]),
         ListenAddress::Tcp { host, port } => bind_tcp(host, *port),
     }
 }
@@ -185,139 +156,6 @@ fn bind_tcp(host: &str, port: u16) -> Result<Vec<Listener>, Failure> {
         }
     }
     if listeners.is_empty() { Err(refused(last_error)) } else { Ok(listeners) }
-}
-
-/// A Unix socket that listens, with its lock. Dropping it removes both files.
-#[derive(Debug)]
-pub struct UnixSocket {
-    listener: UnixListener,
-    path: PathBuf,
-    _lock: SocketLock,
-}
-
-impl UnixSocket {
-    /// Listens at `path` with the file mode `mode`; takes the place of a dead daemon's socket.
-    ///
-    /// # Errors
-    /// A live daemon listens there, a file that is no socket is there, or the folder cannot be written.
-    pub fn bind(path: &Path, mode: u32) -> Result<Self, Failure> {
-        check_socket_path(path).map_err(|what| Failure::new(format!("{}: {what}", path.display())))?;
-        let path = std::path::absolute(path)
-            .map_err(|error| Failure::new(format!("cannot use {}: {error}", path.display())))?;
-        // A relative path may have grown beyond what the kernel takes.
-        check_socket_path(&path).map_err(|what| Failure::new(format!("{}: {what}", path.display())))?;
-        let lock = SocketLock::take(&path)?;
-        clear_dead_socket(&path)?;
-        let refused =
-            |error: io::Error| Failure::new(format!("cannot listen on {}: {error}", path.display()));
-        let listener = UnixListener::bind(&path).map_err(refused)?;
-        let socket = Self { listener, path: path.clone(), _lock: lock };
-        std::fs::set_permissions(&socket.path, Permissions::from_mode(mode)).map_err(refused)?;
-        Ok(socket)
-    }
-
-    /// Its absolute path.
-    #[must_use]
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// The listening socket.
-    #[must_use]
-    pub fn listener(&self) -> &UnixListener {
-        &self.listener
-    }
-}
-
-impl Drop for UnixSocket {
-    fn drop(&mut self) {
-        // While it is still locked: fields are dropped after this.
-        let _ = std::fs::remove_file(&self.path);
-    }
-}
-
-/// The lock beside a socket. Dropping it removes its file.
-#[derive(Debug)]
-struct SocketLock {
-    path: PathBuf,
-    _locked: Flock<File>,
-}
-
-impl SocketLock {
-    fn take(socket: &Path) -> Result<Self, Failure> {
-        let mut path = socket.as_os_str().to_owned();
-        path.push(".lock");
-        let path = PathBuf::from(path);
-        let locked = take_lock(socket, &path)?;
-        Ok(Self { path, _locked: locked })
-    }
-}
-
-impl Drop for SocketLock {
-    fn drop(&mut self) {
-        // While it is still locked: who waits for it looks at its name again.
-        let _ = std::fs::remove_file(&self.path);
-    }
-}
-
-fn in_use(path: &Path) -> Failure {
-    Failure::new(format!("the socket {} is in use by a live daemon", path.display())).hint(
-        "stop that one first (`nbdmirror status` lists the running volumes), or choose another path or --name",
-    )
-}
-
-/// Takes the lock beside the socket; it is free again when its holder ends, however that happens.
-fn take_lock(path: &Path, lock_path: &Path) -> Result<Flock<File>, Failure> {
-    let refused = |error: io::Error| {
-        let failure = Failure::new(format!("cannot make the socket {}: {error}", path.display()));
-        match error.kind() {
-            io::ErrorKind::NotFound => failure.hint("its folder does not exist; make it first"),
-            io::ErrorKind::PermissionDenied => failure.hint("choose a folder that you may write in"),
-            _ => failure,
-        }
-    };
-    loop {
-        let file = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .mode(0o600)
-            .custom_flags(nix::libc::O_NOFOLLOW)
-            .open(lock_path)
-            .map_err(refused)?;
-        let lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => lock,
-            Err((_, Errno::EWOULDBLOCK)) => return Err(in_use(path)),
-            Err((_, errno)) => return Err(refused(errno.into())),
-        };
-        // The holder before us may have removed the file that we have just locked.
-        let ours = lock.metadata().map_err(refused)?;
-        match std::fs::symlink_metadata(lock_path) {
-            Ok(named) if (named.dev(), named.ino()) == (ours.dev(), ours.ino()) => return Ok(lock),
-            Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(refused(error)),
-        }
-    }
-}
-
-/// Removes a socket that nobody listens on.
-fn clear_dead_socket(path: &Path) -> Result<(), Failure> {
-    let metadata = match std::fs::symlink_metadata(path) {
-        Ok(metadata) => metadata,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(Failure::new(format!("cannot look at {}: {error}", path.display()))),
-    };
-    if !metadata.file_type().is_socket() {
-        return Err(Failure::new(format!("{} is there and is not a socket", path.display()))
-            .hint("it is left untouched; choose another path"));
-    }
-    match UnixStream::connect(path) {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path)
-            .map_err(|error| Failure::new(format!("cannot replace {}: {error}", path.display()))),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Ok(_) | Err(_) => Err(in_use(path)),
-    }
 }
 
 #[cfg(test)]
@@ -363,46 +201,21 @@ mod tests {
     }
 
     #[test]
-    fn a_live_socket_is_refused_and_a_dead_one_is_replaced() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("v.sock");
-        let live = UnixSocket::bind(&path, 0o600).unwrap();
-        assert!(UnixSocket::bind(&path, 0o600).unwrap_err().what.contains("live daemon"));
-        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
-        drop(live);
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
-        // A listener that went without a trace of a lock, as after kill -9.
-        drop(UnixListener::bind(&path).unwrap());
-        let replaced = UnixSocket::bind(&path, 0o600).unwrap();
-        UnixStream::connect(replaced.path()).unwrap();
-    }
-
-    #[test]
-    fn a_foreign_live_socket_and_a_file_are_left_alone() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("v.sock");
-        let foreign = UnixListener::bind(&path).unwrap();
-        assert!(UnixSocket::bind(&path, 0o600).is_err());
-        drop(foreign);
-        std::fs::remove_file(&path).unwrap();
-        std::fs::write(&path, "precious").unwrap();
-        assert!(UnixSocket::bind(&path, 0o600).unwrap_err().what.contains("not a socket"));
-        assert_eq!(std::fs::read(&path).unwrap(), b"precious");
-        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "a lock is left behind");
+    fn tcp_ports_are_bound_once() {
+        let first = bind(&"127.0.0.1:0".parse().unwrap(), SocketAccess::PRIVATE).unwrap();
+        let Place::Tcp(address) = first[0].place() else { panic!() };
         assert!(
-            UnixSocket::bind(&dir.path().join("no/v.sock"), 0o600)
+            bind(&address.to_string().parse().unwrap(), SocketAccess::PRIVATE)
+                .unwrap_err()
+                .what
+                .contains("cannot listen")
+        );
+        assert!(
+            bind(&"192.0.2.1:0".parse().unwrap(), SocketAccess::PRIVATE)
                 .unwrap_err()
                 .hint
                 .unwrap()
-                .contains("folder")
+                .contains("no such address")
         );
-    }
-
-    #[test]
-    fn tcp_ports_are_bound_once() {
-        let first = bind(&"127.0.0.1:0".parse().unwrap()).unwrap();
-        let Place::Tcp(address) = first[0].place() else { panic!() };
-        assert!(bind(&address.to_string().parse().unwrap()).unwrap_err().what.contains("cannot listen"));
-        assert!(bind(&"192.0.2.1:0".parse().unwrap()).unwrap_err().hint.unwrap().contains("no such address"));
     }
 }

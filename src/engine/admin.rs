@@ -11,7 +11,9 @@ use tokio::sync::oneshot;
 use super::client::Client;
 use super::data_plane::DataPlane;
 use super::device::ReplicaDevice;
-use super::handle::{AdminAnswer, AdminRequest, Connection, DeviceStatus, EngineStatus, Message, StopReport};
+use super::handle::{
+    AdminAnswer, AdminRequest, Connection, Counted, DeviceStatus, EngineStatus, Message, StopReport,
+};
 use crate::mirror::event::{AdminCommand, AdminError, AdminId, Candidate, Event};
 use crate::units::{Nanos, REPLICAS_MAX, ReplicaSlot, SECOND_NS};
 
@@ -64,7 +66,7 @@ impl DataPlane {
     pub(super) fn read_mailbox(&mut self) {
         for message in self.mailbox.take() {
             match message {
-                Message::Connect(connection) => self.connect(connection),
+                Message::Connect(connection, counted) => self.connect(connection, counted),
                 Message::Admin(request, answer) => self.admin_request(*request, answer),
                 Message::Status(answer) => {
                     let _ = answer.send(self.status());
@@ -75,7 +77,7 @@ impl DataPlane {
         }
     }
 
-    fn connect(&mut self, connection: Connection) {
+    fn connect(&mut self, connection: Connection, counted: Counted) {
         let Connection { fd, session, leftover, peer } = connection;
         if self.clients.len() >= CONNECTIONS_MAX {
             tracing::warn!("{peer}: refused, {CONNECTIONS_MAX} clients are connected");
@@ -86,10 +88,13 @@ impl DataPlane {
             Ok(()) | Err(Errno::EOPNOTSUPP | Errno::ENOPROTOOPT) => {}
             Err(errno) => tracing::debug!("{peer}: no TCP_NODELAY: {}", errno.desc()),
         }
-        let mut client = Client::new(fd, session, peer, self.now);
+        let mut client = Client::new(fd, session, peer, counted, self.now);
         client.stopping = self.stop.is_some();
         client.preload(&self.pool, &leftover);
         let key = self.clients.insert(client);
+        if let Some(ns_max) = self.client_idle_ns_max {
+            self.sweep_within(ns_max);
+        }
         self.parse(key, false);
     }
 

@@ -16,6 +16,7 @@
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
+use super::handle::Counted;
 use super::memory::{Admission, CLIENT_REQUESTS_MAX, payload_cost};
 use super::receive::{BUFFER_BYTES_MIN, DIRECT_BYTES, Into, Receive};
 use super::send_batch::Outgoing;
@@ -90,6 +91,7 @@ pub(super) struct Client {
     pub session: Session,
     /// Who it is, for the log.
     pub peer: String,
+    _counted: Counted,
     /// Requests not answered yet (reply sent or dropped).
     pub unanswered: u32,
     /// Bytes those are charged.
@@ -121,11 +123,12 @@ pub(super) struct Client {
 
 impl Client {
     /// A connection past its handshake.
-    pub(super) fn new(fd: OwnedFd, session: Session, peer: String, now: Nanos) -> Self {
+    pub(super) fn new(fd: OwnedFd, session: Session, peer: String, counted: Counted, now: Nanos) -> Self {
         Self {
             fd,
             session,
             peer,
+            _counted: counted,
             unanswered: 0,
             held_bytes: 0,
             outgoing: VecDeque::new(),
@@ -181,6 +184,12 @@ impl Client {
     /// Whether requests are still read.
     pub(super) fn is_reading(&self) -> bool {
         !matches!(self.stage, Stage::Ended)
+    }
+
+    /// Whether nothing but the peer's own next byte is waited for.
+    pub(super) fn waits_for_peer(&self) -> bool {
+        let half_received = matches!(self.stage, Stage::Payload(_) | Stage::Lent(_) | Stage::Skip { .. });
+        self.receiving.is_some() && !self.sending && self.unanswered == u32::from(half_received)
     }
 
     /// Whether a request stands half received, with memory charged for it.

@@ -83,6 +83,8 @@ pub(super) struct DataPlane {
     pub stop: Option<Stop>,
     /// When idle and stalled connections are looked for next.
     pub sweep_at: Option<Nanos>,
+    /// How long a client may be idle (see `EngineConfig`).
+    pub client_idle_ns_max: Option<u64>,
     actions: Vec<Action>,
     /// The core is being fed: what it asks for is done before the next event.
     feeding: bool,
@@ -93,7 +95,7 @@ pub(super) struct DataPlane {
 impl DataPlane {
     /// Takes everything over. On the thread that will run it.
     pub(super) fn new(ring: Ring, config: EngineConfig, mailbox: Arc<Mailbox>) -> Self {
-        let EngineConfig { mut mirror, assembly, devices, memory_bytes_max } = config;
+        let EngineConfig { mut mirror, assembly, devices, memory_bytes_max, client_idle_ns_max } = config;
         mirror.traits = devices.each_ref().map(|device| device.as_ref().map(|device| device.traits));
         let keep = usize::try_from(memory_bytes_max / KEEP_DIVISOR).unwrap_or(usize::MAX);
         let pool = BufferPool::new(keep);
@@ -118,6 +120,7 @@ impl DataPlane {
             admin_count: 0,
             stop: None,
             sweep_at: None,
+            client_idle_ns_max,
             actions: Vec::new(),
             feeding: false,
             origin: Instant::now(),

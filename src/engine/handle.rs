@@ -12,6 +12,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
 
@@ -47,6 +48,8 @@ pub struct EngineConfig {
     /// Payload bytes of requests that are being received, worked on or answered, at most (see `memory` for the
     /// fine print); default [`MEMORY_BYTES_MAX_DEFAULT`].
     pub memory_bytes_max: u64,
+    /// A client that has sent nothing for so long and is owed nothing is disconnected, nanoseconds; `None`: never.
+    pub client_idle_ns_max: Option<u64>,
 }
 
 /// Why an engine cannot run.
@@ -134,7 +137,7 @@ pub(super) type AdminAnswer = Result<String, AdminError>;
 
 /// What is posted to the engine.
 pub(super) enum Message {
-    Connect(Connection),
+    Connect(Connection, Counted),
     Admin(Box<AdminRequest>, oneshot::Sender<AdminAnswer>),
     Status(oneshot::Sender<EngineStatus>),
     Stop(oneshot::Sender<StopReport>),
@@ -144,6 +147,23 @@ pub(super) enum Message {
         slot: ReplicaSlot,
         extents: Vec<Extent>,
     },
+}
+
+/// Counts a connection for as long as it is there, wherever it waits or is served.
+#[derive(Debug)]
+pub(super) struct Counted(Arc<AtomicUsize>);
+
+impl Counted {
+    fn new(count: &Arc<AtomicUsize>) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(count))
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 /// Where messages wait for the engine's thread.
@@ -208,12 +228,19 @@ impl Drop for CloseOnDrop {
 #[derive(Clone)]
 pub struct EngineHandle {
     mailbox: Arc<Mailbox>,
+    connections: Arc<AtomicUsize>,
 }
 
 impl EngineHandle {
     /// Hands a client over.
     pub fn connect(&self, connection: Connection) {
-        self.mailbox.post(Message::Connect(connection));
+        self.mailbox.post(Message::Connect(connection, Counted::new(&self.connections)));
+    }
+
+    /// Clients handed over and not disconnected yet.
+    #[must_use]
+    pub fn connections(&self) -> usize {
+        self.connections.load(Ordering::Relaxed)
     }
 
     /// Carries out an operator's command.
@@ -275,7 +302,7 @@ pub fn start(config: EngineConfig) -> Result<Engine, EngineError> {
     availability::check_io_uring()?;
     let eventfd = EventFd::from_flags(EfdFlags::EFD_CLOEXEC).map_err(std::io::Error::from)?;
     let mailbox = Arc::new(Mailbox { messages: Mutex::new(Some(VecDeque::new())), eventfd });
-    let handle = EngineHandle { mailbox: Arc::clone(&mailbox) };
+    let handle = EngineHandle { mailbox: Arc::clone(&mailbox), connections: Arc::default() };
     let (ready, started) = mpsc::channel();
     let thread = std::thread::Builder::new().name("nbdmirror-data".to_owned()).spawn(move || {
         let mailbox_closer = CloseOnDrop(Arc::clone(&mailbox));

@@ -20,6 +20,8 @@ use crate::units::{ByteRange, SECOND_NS};
 const SPARE_BATCHES_MAX: usize = 64;
 /// How often stalled connections are looked for while somebody waits for memory, nanoseconds.
 const STALL_SWEEP_NS: u64 = SECOND_NS;
+/// Idle connections are not looked for more often than this, nanoseconds.
+const IDLE_SWEEP_NS_MIN: u64 = SECOND_NS / 10;
 
 impl DataPlane {
     /// Puts a whole reply in line; it goes out at the end of the turn.
@@ -208,12 +210,31 @@ impl DataPlane {
         self.clients.remove(key);
     }
 
-    /// Takes large buffers back from idle connections, and memory from stalled ones where others wait for it.
+    /// Disconnects a client that has been idle for as long as is allowed, and says so. Where it may stay, `sweep` comes
+    /// back in time.
+    fn end_if_idle(&mut self, key: Key) -> bool {
+        let (Some(ns_max), Some(client)) = (self.client_idle_ns_max, self.clients.get(key)) else {
+            return false;
+        };
+        let still_ns = self.now.since(client.moved_at);
+        if !client.waits_for_peer() || still_ns < ns_max {
+            self.sweep_within(ns_max.saturating_sub(still_ns).max(IDLE_SWEEP_NS_MIN));
+            return false;
+        }
+        tracing::info!("{}: closing the connection: idle for {} s", client.peer, still_ns / SECOND_NS);
+        self.break_off(key);
+        true
+    }
+
+    /// Ends idle connections, takes large buffers back from quiet ones, and memory from stalled ones where others wait for it.
     pub(super) fn sweep(&mut self) {
         self.sweep_at = None;
         let mut large_buffers = false;
         let wanted = self.budget.is_waited_for();
         for key in self.clients.keys() {
+            if self.end_if_idle(key) {
+                continue;
+            }
             let Some(client) = self.clients.get(key) else { continue };
             large_buffers |= client.buffer_bytes > BUFFER_BYTES_MIN;
             let still_ns = self.now.since(client.moved_at);

@@ -101,7 +101,8 @@ impl World {
             resync_jobs_max: 4,
         };
         let assembly = assemble(&found, AssembleOptions::default()).unwrap();
-        let config = EngineConfig { mirror, assembly, devices: by_slot, memory_bytes_max };
+        let config =
+            EngineConfig { mirror, assembly, devices: by_slot, memory_bytes_max, client_idle_ns_max: None };
         let export = Export {
             name: "test".to_owned(),
             description: String::new(),

@@ -1,11 +1,14 @@
 //! Serves a volume: `nbdmirror serve`.
 //!
 //! ```text
-//!  paths ─► open, lock, read ─► (plan creation) ─► assemble ─► bind sockets ─► (create) ─► engine ─► control
-//!  └──────────────── refusals: nothing has been written ────────────────────┘
+//!  paths, TLS files ─► open, lock, read ─► (plan creation) ─► assemble ─► bind sockets ─► (create) ─► engine ─► control
+//!  └────────────────────── refusals: nothing has been written ─────────────────────────┘
 //! ```
 //!
 //! What must hold: every refusal comes before the first byte is written to a replica.
+
+mod access;
+mod sockets;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -15,24 +18,27 @@ use clap::Args;
 use tracing_subscriber::EnvFilter;
 use uuid::Uuid;
 
-use super::creation::{Plan, Wish};
-use super::open::{Opened, absolute, device_failure, distinct_paths, open, open_for_add};
-use super::replicas::{Gathered, gather, require_all};
-use super::size::{exact, parse_region_size, parse_size};
-use super::target::volume_name;
-use super::{Outcome, banner, print};
+use crate::cli::creation::{Plan, Wish};
+use crate::cli::open::{Opened, absolute, device_failure, distinct_paths, open, open_for_add};
+use crate::cli::replicas::{Gathered, gather, require_all};
+use crate::cli::size::{exact, parse_region_size, parse_size};
+use crate::cli::target::volume_name;
+use crate::cli::{Outcome, banner, print};
+use crate::control::activation::{inherited_listeners, notify};
 use crate::control::failure::Failure;
-use crate::control::listen::{ListenAddress, Listener, UnixSocket, bind};
-use crate::control::runtime_dir::{CONTROL_SUFFIX, NBD_SUFFIX, check_volume_name, prepare_runtime_dir};
+use crate::control::listen::{ListenAddress, Listener};
+use crate::control::tls::Tls;
 use crate::control::{self, ControlConfig};
 use crate::engine::availability::check_io_uring;
-use crate::engine::device::{Access, ReplicaDevice};
+use crate::engine::device::{self, ReplicaDevice};
 use crate::engine::{EngineConfig, EngineHandle, EngineStatus, MEMORY_BYTES_MAX_DEFAULT};
 use crate::format::Assembly;
 use crate::format::assemble::{AssembleOptions, assemble};
 use crate::mirror::MirrorConfig;
 use crate::nbd::export::Export;
 use crate::units::{REPLICAS_MAX, ReplicaSet, ReplicaSlot, SECOND_NS};
+use access::Access;
+use sockets::Sockets;
 
 const INTENT_IDLE_NS: u64 = 5 * SECOND_NS;
 const RESYNC_JOBS_MAX: usize = 4;
@@ -47,10 +53,13 @@ Examples:
   nbdmirror serve /dev/sdb /dev/sdc                     on a Unix socket, for this machine
   nbdmirror serve --listen 127.0.0.1:10809 --listen unix:/run/vol.sock a.img b.img
   nbdmirror serve --degraded a.img                      the other replica is gone for now
+  nbdmirror serve --listen 0.0.0.0:10809 --allow 192.0.2.0/24 --tls require \\
+                  --tls-cert cert.pem --tls-key key.pem /dev/sdb /dev/sdc
 
 Without --listen, clients connect to a Unix socket named after the volume in /run/nbdmirror (as root) or
-$XDG_RUNTIME_DIR/nbdmirror. SIGTERM and SIGINT stop the volume cleanly (exit code 0); a second one ends at
-once (130). Log to standard error: -v, -vv, or $RUST_LOG.";
+$XDG_RUNTIME_DIR/nbdmirror; under systemd's socket activation, to the sockets of the .socket unit. SIGTERM and
+SIGINT stop the volume cleanly (exit code 0); a second one ends at once (130). SIGHUP reads the TLS files again.
+Log to standard error: -v, -vv, or $RUST_LOG.";
 
 #[derive(Args, Debug)]
 #[command(after_help = AFTER_HELP)]
@@ -86,6 +95,8 @@ pub(super) struct Serve {
     #[arg(long, value_name = "SIZE", value_parser = parse_memory_size,
         default_value_t = MEMORY_BYTES_MAX_DEFAULT, hide_default_value = true)]
     memory: u64,
+    #[command(flatten)]
+    access: Access,
     /// Log more (-vv: everything).
     #[arg(short, long, action = clap::ArgAction::Count)]
     verbose: u8,
@@ -110,30 +121,32 @@ impl Serve {
     pub(super) fn run(self) -> Outcome {
         // Before any thread starts, the log's too.
         control::block_signals()?;
+        let inherited = inherited_listeners()?;
         log_to_stderr(self.verbose);
         check_io_uring().map_err(|error| Failure::new(error.to_string()))?;
         raise_descriptor_limit();
         if self.create.is_some() && self.read_only {
             return Err(Failure::new("--create and --read-only exclude each other").hint("create it first"));
         }
+        let tls = self.access.tls()?;
         let paths = distinct_paths(&self.replica)?;
         let write_mostly = self.write_mostly_paths(&paths)?;
         let opened = self.open(&paths)?;
         match self.creation(opened)? {
             Creation::Planned(plan) => {
-                let sockets = self.bind(&plan.name)?;
+                let sockets = self.bind(&plan.name, inherited)?;
                 let described = plan.describe();
                 plan.carry_out()?;
                 print(&described)?;
                 let gathered = require_all(self.open(&paths)?)?;
                 let assembly = self.assemble(&gathered)?;
-                self.start(gathered, assembly, sockets, &write_mostly)
+                self.start(gathered, assembly, sockets, tls, &write_mostly)
             }
             Creation::NotWanted(opened) => {
                 let gathered = gather(opened, self.degraded)?;
                 let assembly = self.assemble(&gathered)?;
-                let sockets = self.bind(&assembly.head.name)?;
-                self.start(gathered, assembly, sockets, &write_mostly)
+                let sockets = self.bind(&assembly.head.name, inherited)?;
+                self.start(gathered, assembly, sockets, tls, &write_mostly)
             }
         }
     }
@@ -154,7 +167,7 @@ impl Serve {
     }
 
     fn open(&self, paths: &[PathBuf]) -> Result<Vec<Opened>, Failure> {
-        let access = if self.read_only { Access::ReadOnly } else { Access::ReadWrite };
+        let access = if self.read_only { device::Access::ReadOnly } else { device::Access::ReadWrite };
         paths.iter().map(|path| open(path, access).map_err(device_failure)).collect()
     }
 
@@ -209,41 +222,13 @@ impl Serve {
         Ok(assembly)
     }
 
-    fn bind(&self, volume_name: &str) -> Result<Sockets, Failure> {
-        let name = self.name.as_deref().unwrap_or(volume_name);
-        // It may come from a disk, and becomes part of a path.
-        check_volume_name(name)
-            .map_err(|what| Failure::new(what).hint("give the volume another name with --name"))?;
-        let needs_folder = self.listen.is_empty() || self.control.is_none();
-        let folder = if needs_folder { prepare_runtime_dir()? } else { PathBuf::new() };
-        let control = match &self.control {
-            Some(path) => UnixSocket::bind(path, 0o600)?,
-            None => UnixSocket::bind(&folder.join(format!("{name}{CONTROL_SUFFIX}")), 0o600)?,
-        };
-        let mut listeners = Vec::new();
-        if self.listen.is_empty() {
-            let path = folder.join(format!("{name}{NBD_SUFFIX}"));
-            listeners.extend(bind(&ListenAddress::Unix(path))?);
-        }
-        for address in &self.listen {
-            listeners.extend(bind(address)?);
-        }
-        for listener in listeners.iter().filter(|listener| listener.place().is_public()) {
-            tracing::warn!(
-                "{}: everybody who can reach this address can read and write the volume: NBD without TLS has \
-                 neither passwords nor encryption",
-                banner::uri(&listener.place(), name)
-            );
-        }
-        Ok(Sockets { control, listeners })
-    }
-
     /// Starts the volume and serves it to its end.
     fn start(
         &self,
         gathered: Gathered,
         assembly: Assembly,
         sockets: Sockets,
+        tls: Option<(Arc<Tls>, bool)>,
         write_mostly: &[PathBuf],
     ) -> Outcome {
         let export = Arc::new(Export {
@@ -263,15 +248,22 @@ impl Serve {
             intent_idle_ns: INTENT_IDLE_NS,
             resync_jobs_max: RESYNC_JOBS_MAX,
         };
-        let config = EngineConfig { mirror, assembly, devices, memory_bytes_max: self.memory };
+        let config = EngineConfig {
+            mirror,
+            assembly,
+            devices,
+            memory_bytes_max: self.memory,
+            client_idle_ns_max: self.access.idle_ns_max(),
+        };
         let engine = crate::engine::start(config).map_err(|error| Failure::new(error.to_string()))?;
         let status = wait_until_open(&engine.handle)?;
-        let listen_uris: Vec<String> =
-            sockets.listeners.iter().map(|listener| banner::uri(&listener.place(), &export.name)).collect();
+        let secure = self.access.requires_tls();
         let places: Vec<_> = sockets.listeners.iter().map(Listener::place).collect();
+        let listen_uris = places.iter().map(|place| banner::uri(place, &export.name, secure)).collect();
         // What is said of the start stands before it.
         control::log::flush();
-        print(&banner::banner(&status, &places, sockets.control.path()))?;
+        print(&banner::banner(&status, &places, sockets.control.path(), secure))?;
+        notify("READY=1");
         let report = control::run(ControlConfig {
             listeners: sockets.listeners,
             listen_uris,
@@ -279,6 +271,9 @@ impl Serve {
             export,
             engine: engine.handle.clone(),
             open_replica: open_for_add,
+            allow: self.access.allow_list(),
+            connections_max: self.access.connections_max(),
+            tls,
         })?;
         engine.join().map_err(|error| Failure::new(error.to_string()))?;
         if !report.clean {
@@ -315,11 +310,6 @@ fn wait_until_open(engine: &EngineHandle) -> Result<EngineStatus, Failure> {
 enum Creation {
     Planned(Plan),
     NotWanted(Vec<Opened>),
-}
-
-struct Sockets {
-    control: UnixSocket,
-    listeners: Vec<Listener>,
 }
 
 /// Puts each device into its slot, and finds the slots to read last.
