@@ -8,6 +8,7 @@
 
 pub(crate) mod checker;
 pub(crate) mod daemon;
+pub(crate) mod image;
 pub(crate) mod nbd;
 pub(crate) mod recorder;
 pub(crate) mod recorder_disk;
