@@ -8,7 +8,7 @@ use std::sync::Arc;
 use tokio_uring::net::UnixStream;
 
 use crate::nbd::export::Export;
-use crate::nbd::handshake::{Handshake, Step};
+use crate::nbd::handshake::{Handshake, Step, TlsMode};
 use crate::nbd::session::Session;
 
 /// Bytes read at a time; also the most that is handed on to the engine.
@@ -24,7 +24,7 @@ pub(super) struct Negotiated {
 
 /// Runs the handshake to its end. `Err` says why the connection is to be closed.
 pub(super) async fn negotiate(stream: &UnixStream, export: Arc<Export>) -> Result<Negotiated, String> {
-    let mut handshake = Handshake::new(export);
+    let mut handshake = Handshake::new(export, TlsMode::Off);
     send(stream, Handshake::greeting().to_vec()).await?;
     let mut input = Vec::with_capacity(READ_BYTES);
     loop {
@@ -50,6 +50,7 @@ pub(super) async fn negotiate(stream: &UnixStream, export: Arc<Export>) -> Resul
                 let leftover = input.split_off(progress.consumed);
                 return Ok(Negotiated { session, leftover });
             }
+            Step::StartTls => return Err("TLS was agreed to, which is not on offer".to_owned()),
             Step::Close(why) => return Err(why),
         }
     }

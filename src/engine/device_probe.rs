@@ -12,7 +12,11 @@ use nix::unistd::{Whence, lseek};
 
 use super::device::DeviceKind;
 use crate::buffer::BufferPool;
+use crate::extent::{ALLOCATION_HOLE, ALLOCATION_ZERO, Extent, push_extent};
 use crate::units::BLOCK_BYTES;
+
+/// An inode flag: the file is mapped by extents.
+const FS_EXTENT_FL: libc::c_int = 0x0008_0000;
 
 /// Size of the backing, bytes.
 pub(super) fn size_bytes(mut file: &File, kind: DeviceKind) -> io::Result<u64> {
@@ -99,6 +103,32 @@ pub(super) fn cheap_zero(file: &File, kind: DeviceKind, bytes: u64) -> bool {
     }
 }
 
+/// Whether a range can be zeroed without writing, and stays allocated. Not tried, for that would allocate something:
+/// known of the filesystem. A block device may have its zeroes written by the kernel where it has no better way, so
+/// that nothing can be promised of it.
+pub(super) fn cheap_allocated_zero(file: &File, kind: DeviceKind) -> bool {
+    if kind == DeviceKind::BlockDevice {
+        return false;
+    }
+    match fstatfs(file).map(|stat| stat.filesystem_type()) {
+        Ok(XFS_SUPER_MAGIC | BTRFS_SUPER_MAGIC) => true,
+        // Of the three that have this number, ext4 can, for files that are mapped by extents.
+        Ok(EXT4_SUPER_MAGIC) => inode_flags(file).is_some_and(|flags| flags & FS_EXTENT_FL != 0),
+        _ => false,
+    }
+}
+
+/// The inode's flags as `lsattr` shows them.
+fn inode_flags(file: &File) -> Option<libc::c_int> {
+    let mut flags: libc::c_long = 0;
+    // SAFETY: the kernel writes an `int` (whatever the request's number says of its size) to a `long` of ours; the
+    // descriptor is open as long as `file`.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), libc::FS_IOC_GETFLAGS, &raw mut flags) };
+    let bytes = flags.to_ne_bytes();
+    let (int, _) = bytes.split_first_chunk()?;
+    (result == 0).then(|| libc::c_int::from_ne_bytes(*int))
+}
+
 /// Allocates a file's range; content and length stay. Does nothing on filesystems that cannot.
 pub(super) fn reserve(file: &File, offset: u64, len: u64) -> io::Result<()> {
     let (Ok(offset), Ok(len)) = (i64::try_from(offset), i64::try_from(len)) else {
@@ -132,6 +162,46 @@ pub(super) fn is_hole(file: &File, offset: u64, len: u64) -> bool {
         Err(Errno::ENXIO) => file.metadata().is_ok_and(|metadata| end <= metadata.len()),
         Err(_) => false,
     }
+}
+
+/// A file's holes and data, from `offset` on: at least one extent, at most `extents_max`, together at most `len`
+/// (more than 0) bytes. Holes begin and end at multiples of 4096 bytes or where the range does. What the filesystem
+/// does not say is data.
+pub(super) fn allocation(file: &File, offset: u64, len: u64, extents_max: usize) -> Vec<Extent> {
+    let end = offset + len;
+    let mut extents = Vec::new();
+    let mut at = offset;
+    while at < end && extents.len() <= extents_max {
+        let data = next_data(file, at, end).unwrap_or(at);
+        let from = if at == offset { at } else { at.next_multiple_of(BLOCK_BYTES) };
+        let to = if data == end { end } else { data & !(BLOCK_BYTES - 1) };
+        if from < to {
+            push_extent(&mut extents, from - at, 0);
+            push_extent(&mut extents, to - from, ALLOCATION_HOLE | ALLOCATION_ZERO);
+            at = to;
+        }
+        let hole = next_hole(file, data, end).filter(|hole| *hole > at).unwrap_or(end);
+        push_extent(&mut extents, hole - at, 0);
+        at = hole;
+    }
+    extents.truncate(extents_max);
+    extents
+}
+
+/// The first byte from `at` to `end` that is not in a hole, or `end`; `None` where that is not to be known.
+fn next_data(file: &File, at: u64, end: u64) -> Option<u64> {
+    match lseek(file, i64::try_from(at).ok()?, Whence::SeekData) {
+        Ok(data) => Some(u64::try_from(data).ok()?.clamp(at, end)),
+        // No data from here on. A range behind the end is not there, which is not the same as a hole.
+        Err(Errno::ENXIO) => (end <= file.metadata().ok()?.len()).then_some(end),
+        Err(_) => None,
+    }
+}
+
+/// The first byte from `at` to `end` that is in a hole, or `end`; `None` where that is not to be known.
+fn next_hole(file: &File, at: u64, end: u64) -> Option<u64> {
+    let hole = lseek(file, i64::try_from(at).ok()?, Whence::SeekHole).ok()?;
+    Some(u64::try_from(hole).ok()?.clamp(at, end))
 }
 
 /// A figure from the block device's queue in sysfs; partitions have their disk's.

@@ -7,7 +7,7 @@
 use nix::errno::Errno;
 
 use crate::buffer::{Buffer, Payload, UniquePayload};
-use crate::extent::ContextExtents;
+use crate::extent::{ContextExtents, ContextSet, Extent};
 use crate::format::Found;
 use crate::units::{ByteRange, ReplicaOffset, ReplicaSlot};
 
@@ -75,6 +75,9 @@ pub enum Request {
         range: ByteRange,
         /// Whether the space may be given back (NBD: `NO_HOLE` clear).
         may_unmap: bool,
+        /// Rather not at all (`RequestError::NotSupported`, nothing changed) than by writing zeroes (NBD:
+        /// `FAST_ZERO`).
+        fast: bool,
         /// On stable storage before the reply.
         fua: bool,
     },
@@ -84,6 +87,23 @@ pub enum Request {
         range: ByteRange,
         /// On stable storage before the reply.
         fua: bool,
+    },
+    /// Warm the range up for reads to come. Up to the whole volume at once. Always answered with `Answer::Done`
+    /// (but while the volume stops): what cannot be warmed up is not.
+    Cache {
+        /// Which bytes.
+        range: ByteRange,
+    },
+    /// What is known of the range, by these contexts: answered with `Answer::Status`, one element for each context
+    /// in `contexts`, in the order of their identifiers. Up to the whole volume at once; an empty range is answered
+    /// with `Answer::Done`. An answer may end before the range does.
+    BlockStatus {
+        /// Which bytes.
+        range: ByteRange,
+        /// Which contexts; not empty.
+        contexts: ContextSet,
+        /// Exactly one extent for each context (NBD: `REQ_ONE`).
+        one: bool,
     },
     /// Everything answered before this request (on any connection) goes to stable storage.
     Flush,
@@ -98,6 +118,9 @@ pub enum DeviceOutput {
     Read(Buffer),
     /// The answer to [`DeviceOp::ProbeHole`]: whether the whole range is known to be a hole (reads as zero).
     Hole(bool),
+    /// The answer to [`DeviceOp::Allocation`]: at least one extent from the first byte on, together at most as long
+    /// as the range; flags are `ALLOCATION_*`.
+    Allocation(Vec<Extent>),
 }
 
 /// An operation on one replica.
@@ -134,6 +157,20 @@ pub enum DeviceOp {
     },
     /// All writes completed before this was issued go to stable storage.
     Flush,
+    /// Warm the range up for reads to come. Its result means nothing.
+    Cache {
+        /// First byte.
+        offset: ReplicaOffset,
+        /// Bytes.
+        len: u64,
+    },
+    /// Ask where the range has holes. "Data" is always a correct answer.
+    Allocation {
+        /// First byte.
+        offset: ReplicaOffset,
+        /// Bytes, more than 0.
+        len: u64,
+    },
     /// Ask whether the whole range is a hole. "No" is always a correct answer.
     ProbeHole {
         /// First byte.
@@ -180,6 +217,8 @@ pub struct DeviceTraits {
     pub io_align: u32,
     /// Whether zeroing without writing works (punched holes, zero range, write-zeroes offload).
     pub cheap_zero: bool,
+    /// The same where the space must stay allocated (zero range; a punched hole does not do).
+    pub cheap_allocated_zero: bool,
 }
 
 /// What the core wants done.
@@ -261,6 +300,9 @@ pub enum RequestError {
     /// The volume is stopping.
     #[error("the volume is stopping")]
     Stopping,
+    /// A fast zeroing was asked for, and some replica has none. Nothing was changed.
+    #[error("not supported: zeroing is not fast on every replica")]
+    NotSupported,
 }
 
 /// Why an admin command was refused. The text says what to do.

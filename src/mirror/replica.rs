@@ -54,7 +54,8 @@ impl Replica {
 }
 
 /// Device traits of a replica that is not there.
-pub(super) const NO_TRAITS: DeviceTraits = DeviceTraits { device_bytes: 0, io_align: 1, cheap_zero: true };
+pub(super) const NO_TRAITS: DeviceTraits =
+    DeviceTraits { device_bytes: 0, io_align: 1, cheap_zero: true, cheap_allocated_zero: true };
 
 /// How a recorded state shows for a replica that is not active.
 pub(super) fn inactive_state(recorded: MemberState) -> ReplicaState {
@@ -119,6 +120,16 @@ impl Mirror {
     /// Whether every active replica can zero without writing.
     pub(super) fn zeroing_is_cheap(&self) -> bool {
         self.active().iter().all(|slot| self.replica(slot).traits.cheap_zero)
+    }
+
+    /// Whether every active replica can zero a range without writing all of it out, leaving the space allocated where
+    /// it may not be given back.
+    pub(super) fn zeroing_is_fast(&self, may_unmap: bool) -> bool {
+        let fast = |slot| {
+            let traits = &self.replica(slot).traits;
+            if may_unmap { traits.cheap_zero } else { traits.cheap_allocated_zero }
+        };
+        self.active().iter().all(fast)
     }
 
     /// Name of a replica for messages.

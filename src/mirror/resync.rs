@@ -66,6 +66,13 @@ pub(super) struct Job {
     operations: usize,
 }
 
+impl Job {
+    /// The replica that is copied from, while it is in use.
+    pub(super) fn source(&self) -> Option<ReplicaSlot> {
+        self.source
+    }
+}
+
 /// Where the flush is that the last replica in sync owes for what was copied to it. No job begins before it has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum AloneFlush {

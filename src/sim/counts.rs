@@ -128,6 +128,18 @@ counted! {
         Empty => "empty",
         /// A write to a volume served read-only.
         WriteReadOnly => "write_to_read_only",
+        /// Zeroes, fast or not at all.
+        FastZeroes => "fast_zeroes",
+        /// The same, refused.
+        FastRefused => "fast_zeroes_refused",
+        /// A question for the status.
+        Status => "block_status",
+        /// The same, of one extent.
+        StatusOne => "block_status_one",
+        /// It was answered with a hole.
+        HoleShown => "hole_shown",
+        /// A prefetch.
+        Cache => "cache",
         /// Out of range, or otherwise wrong.
         Hostile => "hostile",
     }
@@ -148,6 +160,10 @@ counted! {
         Flush => "flush",
         /// A search for a hole.
         Probe => "probe_hole",
+        /// A prefetch.
+        Cache => "cache",
+        /// A question for holes.
+        Allocation => "allocation",
     }
 }
 

@@ -8,12 +8,14 @@
 use nix::errno::Errno;
 
 use crate::buffer::Buffer;
+use crate::extent::{ALLOCATION_HOLE, ALLOCATION_ZERO, Extent, push_extent};
 use crate::mirror::event::{DeviceOp, DeviceOutput, Event, OpId};
 use crate::units::{BLOCK_BYTES, ByteRange, ReplicaSlot, SECOND_NS};
 
 use super::client::Pending;
 use super::counts::{DeviceKind, FaultKind};
-use super::disk::{FlushMark, WriteSeq};
+use super::disk::{Disk, FlushMark, WriteSeq};
+use super::rng::Rng;
 use super::world::{Checked, OpKey, Wake, World, op_key, violated};
 
 /// What the operation does, with what it needs.
@@ -37,6 +39,10 @@ pub enum Kind {
     Flush(FlushMark),
     /// Look for a hole.
     ProbeHole,
+    /// Warm up: nothing happens.
+    Cache,
+    /// Look for holes: what was found.
+    Allocation(Vec<Extent>),
 }
 
 /// A device operation in flight.
@@ -58,6 +64,12 @@ impl Op {
     #[must_use]
     pub fn writes(&self) -> bool {
         matches!(self.kind, Kind::Write { .. } | Kind::Zero(_))
+    }
+
+    /// Whether it neither reads nor writes: a flush, a question for holes, a prefetch.
+    #[must_use]
+    pub fn is_question_or_flush(&self) -> bool {
+        matches!(self.kind, Kind::Flush(_) | Kind::ProbeHole | Kind::Cache | Kind::Allocation(_))
     }
 
     /// The byte that it writes at `at` from its beginning.
@@ -89,6 +101,8 @@ impl Op {
             Kind::Zero(_) => DeviceKind::Zero,
             Kind::Flush(_) => DeviceKind::Flush,
             Kind::ProbeHole => DeviceKind::Probe,
+            Kind::Cache => DeviceKind::Cache,
+            Kind::Allocation(_) => DeviceKind::Allocation,
         }
     }
 
@@ -102,8 +116,28 @@ impl Op {
             Kind::Zero(_) => format!("zero {at}+{len}"),
             Kind::Flush(_) => "flush".to_owned(),
             Kind::ProbeHole => format!("probe {at}+{len}"),
+            Kind::Cache => format!("cache {at}+{len}"),
+            Kind::Allocation(_) => format!("allocation {at}+{len}"),
         }
     }
+}
+
+/// Where `range` has holes by the disk's word: it may call a hole data, and say less than it was asked for.
+fn survey(disk: &Disk, range: ByteRange, rng: &mut Rng) -> Vec<Extent> {
+    let mut extents = Vec::new();
+    let mut at = range.offset;
+    let ends = disk.present_blocks(range).map(|block| (block * BLOCK_BYTES, (block + 1) * BLOCK_BYTES));
+    for (start, end) in ends.chain([(range.end(), range.end())]) {
+        let (start, end) = (start.max(at), end.min(range.end()));
+        let flags = if rng.per_mille(100) { 0 } else { ALLOCATION_HOLE | ALLOCATION_ZERO };
+        push_extent(&mut extents, start - at, flags);
+        push_extent(&mut extents, end - start, 0);
+        at = end;
+    }
+    if rng.per_mille(100) {
+        extents.truncate(rng.between(1, 4) as usize);
+    }
+    extents
 }
 
 /// A disk that is slow for a while is this many times slower.
@@ -161,6 +195,8 @@ impl World {
             }
             DeviceOp::Flush => (ByteRange::new(0, 0), Kind::Flush(target.flush_mark())),
             DeviceOp::ProbeHole { offset, len } => (ByteRange::new(offset.0, len), Kind::ProbeHole),
+            DeviceOp::Cache { offset, len } => (ByteRange::new(offset.0, len), Kind::Cache),
+            DeviceOp::Allocation { offset, len } => (ByteRange::new(offset.0, len), Kind::Allocation(vec![])),
         };
         Op { slot, disk, range, kind, result: None }
     }
@@ -169,7 +205,7 @@ impl World {
         let align = match op.kind {
             Kind::Read(_) | Kind::Write { .. } => u64::from(self.disks[op.disk].traits.io_align),
             Kind::Zero(_) => BLOCK_BYTES,
-            Kind::Flush(_) | Kind::ProbeHole => return Ok(()),
+            Kind::Flush(_) | Kind::ProbeHole | Kind::Cache | Kind::Allocation(_) => return Ok(()),
         };
         let fits = op.range.end() <= self.disks[op.disk].disk.bytes() && !op.range.is_empty();
         if op.writes() && (self.read_only || self.disks[op.disk].foreign) {
@@ -239,6 +275,8 @@ impl World {
             }
             Kind::Zero(seq) => disk.apply_zero(*seq, op.range, |_| true),
             Kind::Flush(mark) => disk.flush(mark),
+            Kind::Cache => {}
+            Kind::Allocation(extents) => *extents = survey(disk, op.range, &mut self.rng),
             Kind::ProbeHole => return disk.is_hole(op.range) && (self.manual || self.rng.per_mille(900)),
         }
         false
@@ -276,7 +314,7 @@ impl World {
         match &op.kind {
             Kind::Write { data, seq, .. } => disk.apply(*seq, op.range.offset, data, &mut keep),
             Kind::Zero(seq) => disk.apply_zero(*seq, op.range, &mut keep),
-            Kind::Read(_) | Kind::Flush(_) | Kind::ProbeHole => {}
+            Kind::Read(_) | Kind::Flush(_) | Kind::ProbeHole | Kind::Cache | Kind::Allocation(_) => {}
         }
     }
 
@@ -310,6 +348,7 @@ impl World {
             Ok(hole) => Ok(match op.kind {
                 Kind::Read(Some(buffer)) => DeviceOutput::Read(buffer),
                 Kind::ProbeHole => DeviceOutput::Hole(hole),
+                Kind::Allocation(extents) => DeviceOutput::Allocation(extents),
                 _ => DeviceOutput::Done,
             }),
         };

@@ -188,6 +188,12 @@ impl Disk {
         self.history.entry(block).or_default().push(Version { write: write.0, sectors, content });
     }
 
+    /// The blocks in `range` that are no holes in the cached view, in order.
+    pub fn present_blocks(&self, range: ByteRange) -> impl Iterator<Item = u64> {
+        let blocks = range.offset / BLOCK_BYTES..range.end().div_ceil(BLOCK_BYTES);
+        self.cached.range(blocks).map(|(block, _)| *block)
+    }
+
     /// Fills `out` from the cached view.
     pub fn read(&self, offset: u64, out: &mut [u8]) {
         assert!(offset + out.len() as u64 <= self.bytes, "a read past the end of the disk");

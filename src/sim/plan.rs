@@ -72,6 +72,12 @@ pub struct Mix {
     pub whole: u64,
     /// Wrong or hostile requests, per mille.
     pub hostile: u64,
+    /// Questions for the status, per mille.
+    pub status: u64,
+    /// Prefetches, per mille.
+    pub cache: u64,
+    /// Zeroes that are to be fast or not at all, per mille of zeroes.
+    pub fast: u64,
 }
 
 /// One seed's world.
@@ -163,6 +169,9 @@ impl Mix {
             hot_spots: rng.pick(&[0, 1, 3, 10]),
             whole: if large { 0 } else { rng.pick(&[0, 0, 100]) },
             hostile: rng.pick(&[0, 5, 50]),
+            status: rng.pick(&[0, 30, 100]),
+            cache: rng.pick(&[0, 10, 40]),
+            fast: rng.pick(&[0, 100, 500]),
         }
     }
 }

@@ -69,7 +69,9 @@ impl MetaView {
 }
 
 impl World {
-    /// Brings the view of a disk's durable metadata up to date. A cleared intent bit is judged here.
+    /// Brings the view of a disk's durable metadata up to date. A cleared intent bit is judged here, on disks in sync: the
+    /// volume's bits are theirs. One that is taken in gets their pages in place of its own, which may have bits that no
+    /// replica in sync ever had (of a write that failed because none could record them).
     pub(super) fn refresh_meta(&mut self, index: usize) -> Checked {
         let disk = &self.disks[index];
         let epoch = disk.disk.meta_epoch();
@@ -81,6 +83,7 @@ impl World {
             Ok(())
         };
         let found = read_found(&disk.path, disk.traits.device_bytes, &mut read).ok().flatten();
+        let in_sync = self.in_sync_disks().contains(&index);
         let view = &mut self.meta[index];
         let before = std::mem::replace(&mut view.found, found);
         view.epoch = Some(epoch);
@@ -92,7 +95,7 @@ impl World {
                 format!("disk {index}: by its superblock no replica is in sync"),
             );
         }
-        let Some(before) = before else { return Ok(()) };
+        let Some(before) = before.filter(|_| in_sync) else { return Ok(()) };
         let mut cleared = before.maps.intent.clone() & !after.maps.intent.clone();
         // Bits that were only read as set because their sector was rotten are not cleared by its mending.
         before.damaged_regions.iter().for_each(|regions| cleared[regions.clone()].fill(false));
@@ -296,13 +299,13 @@ impl World {
     /// of the same bytes to several replicas are one write.
     pub(super) fn promise_3_one_order(&self, op: &Op) -> Checked {
         let Some(daemon) = &self.daemon else { return Ok(()) };
-        if matches!(op.kind, Kind::Flush(_) | Kind::ProbeHole) || op.range.offset >= self.plan.volume_bytes {
+        if op.is_question_or_flush() || op.range.offset >= self.plan.volume_bytes {
             return Ok(());
         }
         let active = daemon.in_sync.union(daemon.resyncing);
         for (key, other) in &daemon.ops {
             let both_read = !op.writes() && !other.writes();
-            let overlap = op.range.overlaps(other.range) && !matches!(other.kind, Kind::ProbeHole);
+            let overlap = op.range.overlaps(other.range) && !other.is_question_or_flush();
             if both_read || !overlap || !active.contains(other.slot) {
                 continue;
             }

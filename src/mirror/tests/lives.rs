@@ -192,3 +192,37 @@ fn a_stale_bit_is_durable_before_the_ack_though_an_older_commit_of_its_page_ends
     world.drain();
     assert!(acked || world.reply_to(id).is_some_and(|reply| reply.is_ok()));
 }
+
+#[test]
+fn a_replica_that_misses_nothing_is_recorded_as_resyncing_before_it_joins() {
+    for commits in 0..4 {
+        let mut world = World::new(3);
+        world.admin(AdminCommand::Fail(slot(0))).unwrap();
+        let command = world.candidate(0, false);
+        world.send_admin(command);
+        // The process dies with replica 1 one commit behind replica 2.
+        for _ in 0..commits {
+            world.drain_where(&|on, request| on != 1 || superblock_in(request).is_none());
+            world.step();
+        }
+        world.drain_where(&|on, request| on != 1 || superblock_in(request).is_none());
+        let mut world = World::open(world.crash(), &[0, 1, 2], AssembleOptions::default());
+        world.wait(SECOND_NS);
+        for index in 0..3 {
+            assert_eq!(world.state(index), ReplicaState::InSync, "replica {index}, {commits} commits");
+        }
+    }
+}
+
+#[test]
+fn where_a_synced_region_can_be_flushed_nowhere_its_source_stays() {
+    let mut world = World::new(2);
+    world.write(0, 4096, 1).unwrap();
+    let mut images = world.crash();
+    images[1][..4096].fill(0); // as if the write had not reached it
+    let mut world = World::begin(images, &[0, 1], AssembleOptions::default(), ReplicaSet::EMPTY);
+    world.fault = Box::new(|_, request| is_flush(request).then_some(Errno::EIO));
+    assert_eq!(world.read(0, 1), [1]);
+    // One of the two had to go. The copy on replica 1 stands in its cache only; the source had it before.
+    assert_eq!((world.state(0), world.state(1)), (ReplicaState::InSync, ReplicaState::Faulty));
+}

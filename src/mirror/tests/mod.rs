@@ -17,6 +17,7 @@ use super::event::{
 use super::status::{Health, ReplicaState};
 use super::{Mirror, MirrorConfig};
 use crate::buffer::BufferPool;
+use crate::extent::Extent;
 use crate::format::Found;
 use crate::format::assemble::{AssembleOptions, assemble};
 use crate::format::create::{NewReplica, NewVolume, new_volume};
@@ -53,7 +54,7 @@ struct World {
 }
 
 fn traits(bytes: usize) -> DeviceTraits {
-    DeviceTraits { device_bytes: bytes as u64, io_align: 512, cheap_zero: true }
+    DeviceTraits { device_bytes: bytes as u64, io_align: 512, cheap_zero: true, cheap_allocated_zero: true }
 }
 
 fn found_on(image: &[u8], name: &str) -> Option<Found> {
@@ -212,7 +213,10 @@ impl World {
                 let range = &image[offset.0 as usize..(offset.0 + len) as usize];
                 return DeviceOutput::Hole(range.iter().all(|byte| *byte == 0));
             }
-            DeviceOp::Flush => {}
+            DeviceOp::Allocation { len, .. } => {
+                return DeviceOutput::Allocation(vec![Extent { len, flags: 0 }]);
+            }
+            DeviceOp::Cache { .. } | DeviceOp::Flush => {}
         }
         DeviceOutput::Done
     }
@@ -331,6 +335,8 @@ fn describe(request: &DeviceOp) -> String {
         DeviceOp::Zero { .. } => "zero".to_owned(),
         DeviceOp::Flush => "flush".to_owned(),
         DeviceOp::ProbeHole { .. } => "probe".to_owned(),
+        DeviceOp::Cache { .. } => "cache".to_owned(),
+        DeviceOp::Allocation { .. } => "allocation".to_owned(),
     }
 }
 
@@ -356,7 +362,7 @@ fn zeroes_and_trims_read_as_zeroes_on_both_and_spare_the_neighbours() {
     let mut world = World::new(2);
     world.write(0, 32768, 7).unwrap();
     let range = ByteRange::new(100, 9000);
-    world.call(Request::WriteZeroes { range, may_unmap: true, fua: true }).unwrap();
+    world.call(Request::WriteZeroes { range, may_unmap: true, fast: false, fua: true }).unwrap();
     assert_eq!(world.read(0, 100), vec![7; 100]);
     assert_eq!(world.read(100, 9000), vec![0; 9000]);
     assert_eq!(world.read(9100, 100), vec![7; 100]);

@@ -10,6 +10,7 @@
 //! - What was assembled opens: the core's own invariants hold over it.
 
 use nbdmirror::buffer::BufferPool;
+use nbdmirror::extent::Extent;
 use nbdmirror::format::assemble::{AssembleOptions, Readmit, assemble, readmit};
 use nbdmirror::format::bitmap::{Bitmap, RegionMaps};
 use nbdmirror::format::create::{Created, NewReplica, NewVolume, new_volume};
@@ -371,8 +372,12 @@ fn opens(assembly: Assembly, found: &[Found], read_only: bool) {
     let mut traits = [None; REPLICAS_MAX];
     for (traits, found_at) in traits.iter_mut().zip(assembly.found_of_slot) {
         let device_bytes = found_at.map(|index| found[index].device_bytes);
-        *traits =
-            device_bytes.map(|device_bytes| DeviceTraits { device_bytes, io_align: 512, cheap_zero: true });
+        *traits = device_bytes.map(|device_bytes| DeviceTraits {
+            device_bytes,
+            io_align: 512,
+            cheap_zero: true,
+            cheap_allocated_zero: false,
+        });
     }
     let config = MirrorConfig {
         read_only,
@@ -401,7 +406,10 @@ fn opens(assembly: Assembly, found: &[Found], read_only: bool) {
                 DeviceOutput::Read(buffer)
             }
             DeviceOp::ProbeHole { .. } => DeviceOutput::Hole(false),
-            DeviceOp::Write { .. } | DeviceOp::Zero { .. } | DeviceOp::Flush => DeviceOutput::Done,
+            DeviceOp::Allocation { len, .. } => DeviceOutput::Allocation(vec![Extent { len, flags: 0 }]),
+            DeviceOp::Write { .. } | DeviceOp::Zero { .. } | DeviceOp::Flush | DeviceOp::Cache { .. } => {
+                DeviceOutput::Done
+            }
         };
         mirror.handle(Nanos(2 + done as u64), Event::DeviceDone { op, result: Ok(output) }, &mut actions);
         mirror.check_invariants();

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use nbdmirror::buffer::{Buffer, BufferPool, Payload};
+use nbdmirror::extent::Extent;
 use nbdmirror::format::Found;
 use nbdmirror::format::assemble::{AssembleError, AssembleOptions, assemble};
 use nbdmirror::format::create::{NewReplica, NewVolume, new_volume};
@@ -55,6 +56,8 @@ enum Kind {
     Zero,
     Flush,
     ProbeHole,
+    Cache,
+    Allocation,
 }
 
 /// A request that is not answered.
@@ -97,7 +100,12 @@ impl World {
         let mut disks: Vec<Disk> = (0..=replicas)
             .map(|_| {
                 let io_align = input.pick(&[512, 512, 4096, 1]);
-                let traits = DeviceTraits { device_bytes: bytes, io_align, cheap_zero: input.one_in(2) };
+                let traits = DeviceTraits {
+                    device_bytes: bytes,
+                    io_align,
+                    cheap_zero: input.one_in(2),
+                    cheap_allocated_zero: false,
+                };
                 Disk { image: vec![0; bytes as usize], traits }
             })
             .collect();
@@ -257,6 +265,8 @@ impl World {
             DeviceOp::Zero { offset, len, .. } => (ByteRange::new(offset.0, len), 4096, Kind::Zero),
             DeviceOp::Flush => (ByteRange::new(0, 0), 1, Kind::Flush),
             DeviceOp::ProbeHole { offset, len } => (ByteRange::new(offset.0, len), 1, Kind::ProbeHole),
+            DeviceOp::Cache { offset, len } => (ByteRange::new(offset.0, len), 1, Kind::Cache),
+            DeviceOp::Allocation { offset, len } => (ByteRange::new(offset.0, len), 1, Kind::Allocation),
         };
         assert!(range.is_aligned(align) && range.end() <= device_bytes, "{range:?} on slot {slot}");
         assert!(daemon.operations.iter().all(|operation| operation.id != id));
@@ -331,7 +341,8 @@ impl World {
                 assert!(payload.bytes() == copy, "a buffer changed while it was in flight");
                 DeviceOutput::Done
             }
-            Kind::Zero | Kind::Flush => DeviceOutput::Done,
+            Kind::Allocation => DeviceOutput::Allocation(vec![Extent { len: operation.range.len, flags: 0 }]),
+            Kind::Zero | Kind::Flush | Kind::Cache => DeviceOutput::Done,
         };
         self.now = self.now.plus(1000);
         self.handle(Event::DeviceDone { op: operation.id, result: result.map(|()| output) });
@@ -360,7 +371,7 @@ impl World {
                 }
             }
             Kind::Zero => target.chunks_mut(512).step_by(step).for_each(|sector| sector.fill(0)),
-            Kind::Read(_) | Kind::Flush | Kind::ProbeHole => {}
+            Kind::Read(_) | Kind::Flush | Kind::ProbeHole | Kind::Cache | Kind::Allocation => {}
         }
     }
 
@@ -398,7 +409,12 @@ impl World {
     /// A client writes zeroes.
     pub fn zero(&mut self, range: ByteRange, may_unmap: bool, fua: bool) {
         let begin = self.register.write_begins(range, 0);
-        self.send(Pending::Write(range, begin), |_| Request::WriteZeroes { range, may_unmap, fua });
+        self.send(Pending::Write(range, begin), |_| Request::WriteZeroes {
+            range,
+            may_unmap,
+            fast: false,
+            fua,
+        });
     }
 
     /// A client does not need a range any more.
