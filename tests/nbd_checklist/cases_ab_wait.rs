@@ -2,11 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-use super::ground::{EXPORT, Ground};
+use super::cases_ab_hold::half_sent;
+use super::ground::{EXPORT, Ground, MIB, pattern};
+use super::link::Mode;
 use super::raw::{FIXED_NEWSTYLE, Raw, info_data, opt, option};
 
 cases! {
     ab_08_a_handshake_that_does_not_end_is_ended,
+    ab_19_more_half_sent_writes_than_memory,
 }
 
 /// Silent from the start, silent after the flags, silent in an option, and one that says a byte now and then: none may
@@ -28,5 +31,20 @@ fn ab_08_a_handshake_that_does_not_end_is_ended(ground: &Ground) {
     for mut raw in silent {
         raw.expect_closed();
     }
+    ground.let_go();
+}
+
+/// Together they announce 640 MiB, more than the budget for requests: none of it may be taken from the others before it
+/// has come.
+fn ab_19_more_half_sent_writes_than_memory(ground: &Ground) {
+    let held = half_sent(ground, 20, 1000);
+    for _ in 0..3 {
+        ground.unharmed();
+        let mut link = ground.link_in(Mode::Simple);
+        let offset = ground.range(MIB);
+        link.write(offset, &pattern(1919, offset, MIB));
+        assert!(link.read(offset, MIB) == pattern(1919, offset, MIB));
+    }
+    drop(held);
     ground.let_go();
 }

@@ -2,6 +2,7 @@
 
 use super::ground::{GIB, Ground, LARGE, MIB, SIZE, kept, pattern};
 use super::link::{Link, Mode, REQUEST_MAGIC, cmd, flag, tf};
+use super::raw::be64;
 use super::reply::{Asked, chunk, err};
 
 cases! {
@@ -171,7 +172,8 @@ fn eh_07_block_status_payload_that_is_wrong(ground: &Ground) {
     wrong.push(payload(4096, &vec![unknown; 10_000]));
     wrong.push(payload(u64::MAX, &ids[..1]));
     for payload in wrong {
-        filtered(&mut link, 0, 4096, &payload, ids.clone());
+        let len = if payload.len() < 8 { 0 } else { be64(&payload, 0) };
+        filtered(&mut link, 0, len, &payload, ids.clone());
         let error = link.receive().error;
         assert_eq!(
             error,

@@ -201,7 +201,7 @@ fn ab_abuse_with_extended_headers() {
 
 #[test]
 fn ab_what_only_time_shows() {
-    run(Mode::Simple, &[cases_ab_wait::CASES]);
+    run(Mode::Structured, &[cases_ab_wait::CASES]);
 }
 
 #[test]
