@@ -1,7 +1,7 @@
 //! AB: requests cut off or held back half-way, replies not read, lengths that nobody means.
 
 use super::ground::{Ground, MIB, pattern};
-use super::link::{Link, Mode, cmd};
+use super::link::{Link, cmd};
 use super::reply::err;
 
 cases! {
