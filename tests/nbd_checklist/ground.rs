@@ -165,6 +165,12 @@ impl Ground {
         self.status_kib("VmRSS:")
     }
 
+    /// Bytes that each replica's file takes on its filesystem.
+    pub(crate) fn allocated_bytes(&self) -> Vec<u64> {
+        use std::os::unix::fs::MetadataExt as _;
+        self.volume.replicas.iter().map(|path| std::fs::metadata(path).unwrap().blocks() * 512).collect()
+    }
+
     /// Waits until the daemon holds no more descriptors than before the first case.
     pub(crate) fn let_go(&self) {
         let deadline = Instant::now() + Duration::from_secs(20);

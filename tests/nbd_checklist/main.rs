@@ -41,6 +41,7 @@ mod cases_cmd_pipeline;
 mod cases_eh;
 mod cases_hs;
 mod cases_mir;
+mod cases_nt;
 mod cases_opt;
 mod cases_opt_info;
 mod cases_opt_malformed;
@@ -78,6 +79,7 @@ const ALL: &[&[Case]] = &[
     cases_ab_hold::CASES,
     cases_ab_wait::CASES,
     cases_mir::CASES,
+    cases_nt::CASES,
 ];
 
 /// Runs cases in turn on one daemon; fails with the names of all that failed.
@@ -211,7 +213,7 @@ fn ab_what_only_time_shows() {
 
 #[test]
 fn mir_one_volume_on_two_replicas() {
-    run(Mode::Simple, &[cases_mir::CASES]);
+    run(Mode::Simple, &[cases_mir::CASES, cases_nt::CASES]);
 }
 
 #[test]
@@ -221,7 +223,7 @@ fn names_of_cases_are_lines_of_the_checklist() {
     for name in &names {
         let mut parts = name.split('_');
         let section = parts.next().unwrap();
-        assert!(["hs", "opt", "tf", "cmd", "sr", "bs", "eh", "ab", "mir"].contains(&section), "{name}");
+        assert!(["hs", "opt", "tf", "cmd", "sr", "bs", "eh", "ab", "mir", "nt"].contains(&section), "{name}");
         assert!(parts.next().is_some_and(|number| number.parse::<u8>().is_ok()), "{name}");
     }
     println!("{} cases", names.len());

@@ -200,7 +200,7 @@ impl Partial {
         let asked = &self.asked;
         assert_eq!(asked.command, cmd::BLOCK_STATUS, "status in answer to another command");
         let extents = &payload[head..];
-        assert!(!extents.is_empty() && extents.len() % (2 * width) == 0, "a status chunk's length");
+        assert!(!extents.is_empty() && extents.len().is_multiple_of(2 * width), "a status chunk's length");
         assert!(extents.len() / (2 * width) <= 1 << 20, "more than 2^20 extents in a chunk");
         let id = be32(payload, 0);
         assert!(asked.contexts.contains(&id), "status of context {id}, which was not asked for");
@@ -232,7 +232,8 @@ impl Partial {
         if error == 0 && asked.command == cmd::BLOCK_STATUS && asked.len > 0 {
             let mut came: Vec<u32> = self.extents.iter().map(|(id, _)| *id).collect();
             let mut wanted = asked.contexts.clone();
-            (came.sort_unstable(), wanted.sort_unstable());
+            came.sort_unstable();
+            wanted.sort_unstable();
             assert_eq!(came, wanted, "the contexts that a successful BLOCK_STATUS brought");
         }
         Reply { cookie, error, data: self.data, extents: self.extents, chunks: self.chunks }
