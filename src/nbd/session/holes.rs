@@ -110,7 +110,7 @@ mod tests {
                 }
                 for edge in [range.start, range.end] {
                     let inner = edge != 0 && edge != data.len();
-                    prop_assert!(!inner || (offset + edge as u64) % BLOCK_BYTES == 0);
+                    prop_assert!(!inner || (offset + edge as u64).is_multiple_of(BLOCK_BYTES));
                 }
             }
             prop_assert_eq!(at, data.len());
