@@ -264,7 +264,7 @@ fn large_mirror(regions: Regions) -> Mirror {
     })
     .unwrap();
     let written: Vec<(u64, Vec<u8>)> =
-        created.writes(0).into_iter().map(|(offset, bytes)| (offset.0, bytes.to_vec())).collect();
+        created.writes(0).map(|(offset, bytes)| (offset.0, bytes.to_vec())).collect();
     let mut read_at = |offset: crate::units::ReplicaOffset, buffer: &mut [u8]| {
         buffer.fill(0);
         let range = ByteRange::new(offset.0, buffer.len() as u64);
