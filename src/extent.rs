@@ -25,6 +25,9 @@ pub const STATE_UNSYNCED: u32 = 1 << 3;
 /// `nbdmirror:stale/N`: replica N misses writes here.
 pub const STALE_STALE: u32 = 1 << 0;
 
+/// Most extents of an answer in one context (256 KiB of memory): a longer answer ends early.
+pub const EXTENTS_MAX: usize = 16 << 10;
+
 /// A stretch of the volume of one kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Extent {
@@ -128,7 +131,7 @@ impl FromIterator<StatusContext> for ContextSet {
 pub struct ContextExtents {
     /// Which.
     pub context: StatusContext,
-    /// At least one; together not longer than what was asked for (it may end earlier).
+    /// At least one, at most `EXTENTS_MAX`; together not longer than what was asked for (it may end earlier).
     pub extents: Vec<Extent>,
 }
 

@@ -8,9 +8,11 @@
 //! - [`nbd`]: the NBD protocol. Pure; never sees the mirror.
 //! - [`engine`]: the data plane, one thread and one io_uring, owns the core.
 //! - [`control`]: the control plane: accepts, negotiates, answers operators.
+//! - [`attach`]: the kernel's NBD client: a volume as `/dev/nbdN`, and its keeper.
 //! - [`cli`]: one file a verb.
 //! - [`sim`]: simulated disks, clients, faults and the oracle (feature `sim` and tests only).
 
+pub mod attach;
 pub mod buffer;
 pub mod cli;
 pub mod control;

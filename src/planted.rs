@@ -57,12 +57,22 @@ pub enum Bug {
     MetadataOverData,
     /// An orderly stop does not flush (promise 10).
     StopWithoutFlush,
+    /// Where the holes are is asked of a replica that is being brought up to date, too (promise 5).
+    AllocationOfResyncing,
+    /// Unsynced regions are asked for holes like any other, of any replica (promise 5).
+    UnsyncedAllocation,
+    /// What a replica that is away misses is not shown to clients (promise 2).
+    StaleMapNotShown,
+    /// A dirty region is shown as clean to clients (promise 1).
+    DirtyNotShown,
+    /// A fast zeroing is carried out and then refused (promise 5).
+    FastZeroTooLate,
     /// A request's range is not checked (promise 11).
     RangeNotChecked,
 }
 
 /// Every planted bug, in order.
-pub const BUGS: [Bug; 25] = [
+pub const BUGS: [Bug; 30] = [
     Bug::AckBeforeIntent,
     Bug::IntentOnOneReplica,
     Bug::AckBeforeMembership,
@@ -87,6 +97,11 @@ pub const BUGS: [Bug; 25] = [
     Bug::StaleMapForgotten,
     Bug::MetadataOverData,
     Bug::StopWithoutFlush,
+    Bug::AllocationOfResyncing,
+    Bug::UnsyncedAllocation,
+    Bug::StaleMapNotShown,
+    Bug::DirtyNotShown,
+    Bug::FastZeroTooLate,
     Bug::RangeNotChecked,
 ];
 
@@ -95,11 +110,15 @@ impl Bug {
     #[must_use]
     pub fn promise(self) -> u8 {
         match self {
-            Self::AckBeforeIntent | Self::IntentOnOneReplica => 1,
-            Self::AckBeforeMembership | Self::DropStaleBit => 2,
+            Self::AckBeforeIntent | Self::IntentOnOneReplica | Self::DirtyNotShown => 1,
+            Self::AckBeforeMembership | Self::DropStaleBit | Self::StaleMapNotShown => 2,
             Self::OverlapRace | Self::ZeroOneReplica | Self::ReuseBufferEarly => 3,
             Self::ClearBeforeFlush | Self::ClearWithWriteInFlight => 4,
-            Self::ReadStaleSide | Self::ReadStaleReplica => 5,
+            Self::ReadStaleSide
+            | Self::ReadStaleReplica
+            | Self::AllocationOfResyncing
+            | Self::UnsyncedAllocation
+            | Self::FastZeroTooLate => 5,
             Self::FailTheLast => 6,
             Self::ResyncWrongDirection | Self::SkipPageOnResyncStart | Self::ResyncWithoutFlush => 7,
             Self::EqualCountersEqualData

@@ -9,11 +9,13 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
+use nbdmirror::extent::StatusContext;
 use nbdmirror::nbd::client;
-use nbdmirror::nbd::export::Export;
+use nbdmirror::nbd::export::{Export, Negotiated, ReplyMode};
 use nbdmirror::nbd::handshake::{ANSWER_BYTES_MAX, Handshake, OPTIONS_MAX, Step, TlsMode};
 use nbdmirror::nbd::session::{Command, Parsed, SKIP_BYTES_MAX, Session};
 use nbdmirror::nbd::wire::{self, NbdError};
+use nbdmirror::units::{ReplicaSet, ReplicaSlot};
 use proptest::prelude::*;
 
 const NAME: &str = "vol";
@@ -25,7 +27,28 @@ fn export(read_only: bool) -> Arc<Export> {
         description: "a mirror".to_owned(),
         size_bytes: SIZE_BYTES,
         read_only,
+        replicas: ReplicaSet::only(ReplicaSlot::new(0)),
     })
+}
+
+/// A session with everything negotiated that there is in this mode.
+fn session(read_only: bool, mode: ReplyMode) -> Session {
+    let contexts = match mode {
+        ReplyMode::Simple => vec![],
+        _ => vec![StatusContext::Allocation, StatusContext::Stale(ReplicaSlot::new(0))],
+    };
+    Session::new(export(read_only), Negotiated { mode, contexts: contexts.into_iter().collect() })
+}
+
+const MODES: [ReplyMode; 3] = [ReplyMode::Simple, ReplyMode::Structured, ReplyMode::Extended];
+
+/// A request in this mode's form; the length is cut where the form has 32 bits of it.
+fn encode_request(mode: ReplyMode, kind: u16, flags: u16, cookie: u64, offset: u64, len: u64) -> Vec<u8> {
+    if mode == ReplyMode::Extended {
+        client::encode_extended_request(kind, flags, cookie, offset, len).to_vec()
+    } else {
+        client::encode_request(kind, flags, cookie, offset, len as u32).to_vec()
+    }
 }
 
 // ---- The handshake over arbitrary bytes ----
@@ -74,6 +97,10 @@ fn check_replies(outcome: &Outcome) -> Vec<(u32, u32)> {
             wire::REP_ACK => assert!(data.is_empty()),
             wire::REP_SERVER => assert_eq!(data, b"\0\0\0\x03vol"),
             wire::REP_INFO => check_info(data),
+            wire::REP_META_CONTEXT => {
+                let name = std::str::from_utf8(&data[4..]).unwrap();
+                assert!(["base:allocation", "nbdmirror:state", "nbdmirror:stale/0"].contains(&name));
+            }
             kind => {
                 assert!(kind & wire::REP_ERROR_BIT != 0 && wire::reply_name(kind) != "unknown");
                 assert!(data.len() <= wire::STRING_BYTES_MAX && std::str::from_utf8(data).is_ok());
@@ -109,7 +136,17 @@ fn any_option() -> impl Strategy<Value = Vec<u8>> {
         prop_oneof![Just(NAME.as_bytes().to_vec()), Just(vec![]), prop::collection::vec(any::<u8>(), 0..9)];
     let query = (name, prop::collection::vec(0_u16..6, 0..6))
         .prop_map(|(name, wanted)| client::encode_info_query(&name, &wanted));
-    let data = prop_oneof![Just(vec![]), query, prop::collection::vec(any::<u8>(), 0..40)];
+    let context = prop_oneof![Just("base:"), Just("base:allocation"), Just("nbdmirror:"), Just("x:y")];
+    let contexts = prop::collection::vec(context, 0..4).prop_map(|queries| {
+        let mut data = [&3_u32.to_be_bytes()[..], NAME.as_bytes()].concat();
+        data.extend_from_slice(&(queries.len() as u32).to_be_bytes());
+        for query in queries {
+            data.extend_from_slice(&(query.len() as u32).to_be_bytes());
+            data.extend_from_slice(query.as_bytes());
+        }
+        data
+    });
+    let data = prop_oneof![Just(vec![]), query, contexts, prop::collection::vec(any::<u8>(), 0..40)];
     (code, data).prop_map(|(code, data)| client::encode_option(code, &data))
 }
 
@@ -149,7 +186,8 @@ proptest! {
         for (option, kind) in replies {
             // Nothing is ever granted that is not served.
             if kind == wire::REP_ACK {
-                prop_assert!(matches!(option, wire::OPT_ABORT | wire::OPT_LIST | wire::OPT_INFO | wire::OPT_GO));
+                let served = matches!(option, 2 | 3 | 6..=11);
+                prop_assert!(served, "{}", wire::option_name(option));
             }
         }
     }
@@ -162,44 +200,71 @@ proptest! {
     }
 
     #[test]
-    fn ab_05_13_any_request_header_is_answered_or_closed(
-        header in prop::array::uniform28(any::<u8>()),
+    fn ab_05_13_any_request_is_answered_or_closed(
+        mode in prop::sample::select(&MODES[..]),
+        rubbish in prop::array::uniform32(any::<u8>()),
         good_magic in prop::bool::weighted(0.9),
         kind in prop_oneof![0_u16..10, any::<u16>()],
-        flags in prop_oneof![0_u16..4, any::<u16>()],
+        flags in prop_oneof![0_u16..64, any::<u16>()],
         offset in prop_oneof![0..2 * SIZE_BYTES, any::<u64>()],
-        len in prop_oneof![0..2 * SIZE_BYTES as u32, any::<u32>()],
+        len in prop_oneof![0..100_u64, 0..2 * SIZE_BYTES, any::<u64>()],
+        payload in prop::collection::vec(prop_oneof![Just(0), any::<u8>()], Session::PARSE_BYTES_MAX),
         read_only: bool,
     ) {
-        let request = client::encode_request(kind, flags, 7, offset, len);
-        let header = if good_magic { request } else { header };
-        match Session::new(export(read_only)).parse(&header) {
-            Parsed::Command { cookie, command } => {
-                prop_assert_eq!(cookie, 7);
+        let session = session(read_only, mode);
+        let mut bytes = encode_request(mode, kind, flags, 7, offset, len);
+        let header_bytes = bytes.len();
+        prop_assert_eq!(header_bytes, session.header_bytes());
+        if !good_magic {
+            bytes = rubbish[..header_bytes].to_vec();
+        }
+        bytes.extend_from_slice(&payload);
+        let parsed = session.parse(&bytes);
+        let (parsed, taken) = parsed.expect("no request wants more bytes at once");
+        let status_payload = kind == wire::CMD_BLOCK_STATUS && flags & wire::CMD_FLAG_PAYLOAD_LEN != 0;
+        let len = if mode == ReplyMode::Extended { len } else { u64::from(len as u32) };
+        let has_payload = if mode == ReplyMode::Extended {
+            kind == wire::CMD_WRITE || flags & wire::CMD_FLAG_PAYLOAD_LEN != 0
+        } else {
+            kind == wire::CMD_WRITE
+        };
+        match parsed {
+            Parsed::Command { tag, command } => {
+                prop_assert_eq!((tag.cookie, tag.offset), (7, offset));
+                let payload_bytes = if status_payload { len as usize } else { 0 };
+                prop_assert_eq!(taken, header_bytes + payload_bytes);
                 check_command(command, read_only);
             }
-            Parsed::Refuse { cookie, skip_payload_bytes, .. } => {
-                prop_assert_eq!(cookie, 7);
-                prop_assert_eq!(skip_payload_bytes, if kind == wire::CMD_WRITE { len } else { 0 });
+            Parsed::Refuse { tag, skip_payload_bytes, refusal } => {
+                prop_assert_eq!((tag.cookie, tag.offset, taken), (7, offset, header_bytes));
+                prop_assert_eq!(u64::from(skip_payload_bytes), if has_payload { len } else { 0 });
                 prop_assert!(skip_payload_bytes <= SKIP_BYTES_MAX);
+                let within = |at| at >= offset && at - offset < len;
+                prop_assert!(refusal.at.is_none_or(within) || status_payload);
             }
             Parsed::Disconnect => prop_assert_eq!(kind, wire::CMD_DISC),
             Parsed::Close(_) => {
-                prop_assert!(!good_magic || (kind == wire::CMD_WRITE && len > SKIP_BYTES_MAX));
+                let endless = has_payload && len > u64::from(SKIP_BYTES_MAX);
+                prop_assert!(!good_magic || endless);
             }
         }
     }
 }
 
 fn check_command(command: Command, read_only: bool) {
-    let (offset, len, writes) = match command {
-        Command::Read { offset, len } => (offset, len, false),
-        Command::Write { offset, len, .. } => (offset, len, true),
-        Command::WriteZeroes { offset, len, .. } | Command::Trim { offset, len, .. } => (offset, len, true),
-        Command::Flush => (0, 0, false),
+    let (offset, len) = match command {
+        Command::Read { offset, len, .. } | Command::Write { offset, len, .. } => (offset, u64::from(len)),
+        Command::WriteZeroes { offset, len, .. }
+        | Command::Trim { offset, len, .. }
+        | Command::Cache { offset, len } => (offset, len),
+        Command::BlockStatus { offset, len, contexts, .. } => {
+            assert!(!contexts.is_empty() && len > 0);
+            (offset, len)
+        }
+        Command::Flush => (0, 0),
     };
-    assert!(offset <= SIZE_BYTES && u64::from(len) <= SIZE_BYTES - offset);
-    assert!(!(writes && read_only));
+    assert!(offset <= SIZE_BYTES && len <= SIZE_BYTES - offset);
+    assert!(!(command.writes() && read_only));
 }
 
 // ---- docs/error-table.md ----
@@ -209,9 +274,11 @@ fn check_command(command: Command, read_only: bool) {
 struct Row {
     command: u16,
     read_only: bool,
+    mode: ReplyMode,
+    contexts: bool,
     flags: u16,
     offset: u64,
-    len: u32,
+    len: u64,
     answer: String,
 }
 
@@ -243,6 +310,8 @@ fn table_rows() -> Vec<Row> {
         let mut row = Row {
             command: command_code(command),
             read_only: false,
+            mode: ReplyMode::Simple,
+            contexts: false,
             flags: 0,
             offset: 0,
             len: 0,
@@ -252,8 +321,11 @@ fn table_rows() -> Vec<Row> {
             match part.split_once(' ') {
                 Some(("flags", value)) => row.flags = number(value).try_into().unwrap(),
                 Some(("offset", value)) => row.offset = number(value),
-                Some(("length", value)) => row.len = number(value).try_into().unwrap(),
+                Some(("length", value)) => row.len = number(value),
                 _ if part == "read-only" => row.read_only = true,
+                _ if part == "structured" => row.mode = ReplyMode::Structured,
+                _ if part == "extended" => row.mode = ReplyMode::Extended,
+                _ if part == "contexts" => row.contexts = true,
                 _ => panic!("what is {part:?} in {line:?}?"),
             }
         }
@@ -262,11 +334,19 @@ fn table_rows() -> Vec<Row> {
     rows
 }
 
-fn answer(read_only: bool, command: u16, flags: u16, offset: u64, len: u32) -> &'static str {
-    let header = client::encode_request(command, flags, 1, offset, len);
-    match Session::new(export(read_only)).parse(&header) {
+fn answer(row: &Row) -> &'static str {
+    let Row { command, read_only, mode, contexts, flags, offset, len, .. } = *row;
+    let all = session(read_only, mode);
+    let session = if contexts {
+        all
+    } else {
+        Session::new(export(read_only), Negotiated { mode, ..Default::default() })
+    };
+    let header = encode_request(mode, command, flags, 1, offset, len);
+    let bytes = [&header[..], &[0; 64]].concat();
+    match session.parse(&bytes).unwrap().0 {
         Parsed::Command { .. } => "success",
-        Parsed::Refuse { error, .. } => error.name(),
+        Parsed::Refuse { refusal, .. } => refusal.error.name(),
         Parsed::Disconnect | Parsed::Close(_) => "connection closed",
     }
 }
@@ -274,9 +354,9 @@ fn answer(read_only: bool, command: u16, flags: u16, offset: u64, len: u32) -> &
 #[test]
 fn the_error_table_says_what_the_code_does() {
     let rows = table_rows();
-    assert!(rows.len() >= 25, "the table was not found");
+    assert!(rows.len() >= 35, "the table was not found");
     for row in &rows {
-        assert_eq!(answer(row.read_only, row.command, row.flags, row.offset, row.len), row.answer, "{row:?}");
+        assert_eq!(answer(row), row.answer, "{row:?}");
     }
 }
 
@@ -284,15 +364,18 @@ fn the_error_table_says_what_the_code_does() {
 fn the_code_gives_no_error_that_the_table_does_not_have() {
     let listed: BTreeSet<(u16, String)> =
         table_rows().into_iter().map(|row| (row.command, row.answer)).collect();
-    let lens = [0, 1, 512, 1 << 20, (32 << 20) + 1, (64 << 20) + 1, u32::MAX];
+    let lens = [0, 1, 512, 1 << 20, (32 << 20) + 1, (64 << 20) + 1, u64::from(u32::MAX)];
     let offsets = [0, 1, SIZE_BYTES - 1, SIZE_BYTES, SIZE_BYTES + 1, u64::MAX];
-    for command in (0..9).chain([200]) {
+    for (command, mode) in (0..9).chain([200]).flat_map(|command| MODES.map(|mode| (command, mode))) {
         for flags in 0..64 {
             for (len, offset) in lens.iter().flat_map(|len| offsets.map(|offset| (*len, offset))) {
-                for read_only in [false, true] {
-                    let got = answer(read_only, command, flags, offset, len);
-                    let known = got == "success" || listed.contains(&(command, got.to_owned()));
-                    assert!(known, "{} flags {flags} {offset}+{len}: {got}", wire::command_name(command));
+                for (read_only, contexts) in [(false, false), (true, true)] {
+                    let row =
+                        Row { command, read_only, mode, contexts, flags, offset, len, answer: String::new() };
+                    let got = answer(&row);
+                    let closes = mode == ReplyMode::Extended && got == "connection closed"; // for any command
+                    let known = closes || got == "success" || listed.contains(&(command, got.to_owned()));
+                    assert!(known, "{} {row:?}: {got}", wire::command_name(command));
                 }
             }
         }
@@ -322,15 +405,15 @@ fn serve_in_memory(mut stream: UnixStream, export: &Arc<Export>) -> std::io::Res
     loop {
         let mut header = [0; wire::REQUEST_BYTES];
         stream.read_exact(&mut header)?;
-        match session.parse(&header) {
+        match session.parse(&header).unwrap().0 {
             Parsed::Close(_) | Parsed::Disconnect => return Ok(()),
-            Parsed::Refuse { cookie, error, skip_payload_bytes } => {
+            Parsed::Refuse { tag, refusal, skip_payload_bytes } => {
                 stream.read_exact(&mut vec![0; skip_payload_bytes as usize])?;
-                stream.write_all(&session.encode_reply(cookie, Err(error)))?;
+                stream.write_all(&session.encode_error(tag, refusal.error, refusal.message, refusal.at))?;
             }
-            Parsed::Command { cookie, command } => {
+            Parsed::Command { tag, command } => {
                 let read = carry_out(command, &mut disk, &mut stream)?;
-                stream.write_all(&session.encode_reply(cookie, Ok(())))?;
+                stream.write_all(&session.encode_done(tag))?;
                 stream.write_all(&disk[read])?;
             }
         }
@@ -343,12 +426,13 @@ fn carry_out(
     disk: &mut [u8],
     stream: &mut UnixStream,
 ) -> std::io::Result<std::ops::Range<usize>> {
-    let range = |offset: u64, len: u32| offset as usize..offset as usize + len as usize;
+    let range = |offset: u64, len: u64| offset as usize..(offset + len) as usize;
     match command {
-        Command::Read { offset, len } => return Ok(range(offset, len)),
-        Command::Write { offset, len, .. } => stream.read_exact(&mut disk[range(offset, len)])?,
+        Command::Read { offset, len, .. } => return Ok(range(offset, len.into())),
+        Command::Write { offset, len, .. } => stream.read_exact(&mut disk[range(offset, len.into())])?,
         Command::WriteZeroes { offset, len, .. } => disk[range(offset, len)].fill(0),
-        Command::Trim { .. } | Command::Flush => {}
+        Command::Trim { .. } | Command::Cache { .. } | Command::Flush => {}
+        Command::BlockStatus { .. } => unreachable!("nothing was negotiated"),
     }
     Ok(0..0)
 }
@@ -378,7 +462,7 @@ fn cmd_02_07_33_the_client_writes_reads_and_survives_errors() {
     with_server(false, |stream| {
         let connected = client::connect(stream, NAME).unwrap();
         assert_eq!(connected.size_bytes, SIZE_BYTES);
-        assert_eq!(connected.transmission_flags, export(false).transmission_flags());
+        assert_eq!(connected.transmission_flags, export(false).transmission_flags(Negotiated::default()));
         let data = vec![0xa5; 1024];
         let at = SIZE_BYTES - 512;
         let write_past_end = client::encode_request(wire::CMD_WRITE, 0, 1, at, 1024);

@@ -39,6 +39,27 @@ const REGRESSIONS: &[(u64, &str)] = &[
     (7_013_271, "a source whose failed flush was heard of and not recorded is not written anew"),
     (7_002_053, "a flush fails because the replica it was asked of was failed, with another in sync by then"),
     (8_007_564, "a sync writes before its region's intent bit is durable"),
+    (
+        20_060_055,
+        "a replica that missed nothing joins in the commit that takes it in; a third one, a commit behind, is refused",
+    ),
+    (
+        20_015_462,
+        "where no replica can flush a copied region, its source is failed and one that has the copy in its cache stays",
+    ),
+    (20_015_550, "the same, after flushes that failed at the start"),
+    (
+        20_072_369,
+        "no bug: a resyncing replica's own bit, of a write that failed, goes when it gets the volume's pages",
+    ),
+    (
+        20_093_535,
+        "no bug: one that joined by a commit which did not reach it is lost with the replica that has it",
+    ),
+    (
+        21_000_249,
+        "a read that was in flight when its replica's flush failed is believed, though the cache has been dropped",
+    ),
 ];
 
 /// Runs `seeds` on all cores and gives the failures in order of seeds, and what happened.

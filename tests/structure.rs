@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Each module and what it may import, besides itself. The order is the direction of imports.
-const MAY_IMPORT: [(&str, &[&str]); 11] = [
+const MAY_IMPORT: [(&str, &[&str]); 12] = [
     ("units", &[]),
     ("extent", &["units"]),
     ("planted", &[]),
@@ -15,7 +15,8 @@ const MAY_IMPORT: [(&str, &[&str]); 11] = [
     ("nbd", &["units", "extent", "buffer", "planted"]),
     ("engine", &["units", "extent", "buffer", "format", "mirror", "nbd"]),
     ("control", &["units", "format", "mirror", "nbd", "engine"]),
-    ("cli", &["units", "format", "mirror", "nbd", "engine", "control"]),
+    ("attach", &["nbd", "control"]),
+    ("cli", &["units", "format", "mirror", "nbd", "engine", "control", "attach"]),
     ("sim", &["units", "extent", "buffer", "planted", "format", "mirror", "nbd"]),
 ];
 const LINES_MAX: usize = 600;

@@ -7,9 +7,11 @@
 pub mod size;
 
 mod add;
+mod attach;
 mod banner;
 mod create;
 mod creation;
+mod detach;
 mod examine;
 mod fail;
 mod open;
@@ -36,6 +38,7 @@ Examples:
   nbdmirror status                                    list the running volumes
   nbdmirror fail VOLUME disk-b.img                    stop using a replica
   nbdmirror add VOLUME disk-b.img                     take it in again and resync it
+  nbdmirror attach VOLUME /dev/nbd0                   make it a block device of this machine
   nbdmirror stop                                      stop the running volume, cleanly
 
 SIZE is bytes or a binary suffix (64K, 1.5G, 1T), a multiple of 4 KiB.
@@ -67,6 +70,10 @@ enum Verb {
     Remove(remove::Remove),
     /// Stop a running volume cleanly.
     Stop(stop::Stop),
+    /// Make a volume a block device of this machine, /dev/nbdN.
+    Attach(attach::Attach),
+    /// Take such a block device away again.
+    Detach(detach::Detach),
     /// Print the manual page (roff) of nbdmirror or of a verb.
     #[command(hide = true)]
     Man(pages::Man),
@@ -88,6 +95,8 @@ impl Cli {
             Verb::Add(verb) => verb.run(),
             Verb::Remove(verb) => verb.run(),
             Verb::Stop(verb) => verb.run(),
+            Verb::Attach(verb) => verb.run(),
+            Verb::Detach(verb) => verb.run(),
             Verb::Man(verb) => verb.run(),
             Verb::Completions(verb) => verb.run(),
         };

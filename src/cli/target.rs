@@ -8,9 +8,7 @@ use super::Outcome;
 use crate::control::client::Client;
 use crate::control::failure::Failure;
 use crate::control::protocol::Request;
-use crate::control::runtime_dir::{
-    CONTROL_SUFFIX, check_volume_name, control_sockets, runtime_dir, trusted_runtime_dir,
-};
+use crate::control::runtime_dir::{check_volume_name, control_sockets, runtime_dir};
 
 /// The running volume that a command is for.
 #[derive(Args, Debug)]
@@ -43,13 +41,7 @@ impl Target {
             return Client::connect(path);
         }
         if let Some(name) = &self.volume {
-            let path = trusted_runtime_dir()?.map(|dir| dir.join(format!("{name}{CONTROL_SUFFIX}")));
-            let Some(path) = path.filter(|path| path.exists()) else {
-                return Err(Failure::new(format!("no volume named `{name}` is running")).hint(
-                    "`nbdmirror status` lists the running volumes; --control PATH names a socket elsewhere",
-                ));
-            };
-            return Client::connect(&path);
+            return Client::connect_to_volume(name);
         }
         only_running(control_sockets()?)
     }

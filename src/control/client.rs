@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use super::failure::Failure;
 use super::protocol::{ANSWER_BYTES_MAX, Answer, Request};
+use super::runtime_dir::{CONTROL_SUFFIX, trusted_runtime_dir};
 
 /// How long a daemon may take to answer, by command.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
@@ -21,6 +22,20 @@ pub struct Client {
 }
 
 impl Client {
+    /// Connects to the daemon of the running volume `name`, which [`super::runtime_dir::check_volume_name`] accepts.
+    ///
+    /// # Errors
+    /// No such volume is running in the runtime directory, or we may not connect.
+    pub fn connect_to_volume(name: &str) -> Result<Self, Failure> {
+        let path = trusted_runtime_dir()?.map(|dir| dir.join(format!("{name}{CONTROL_SUFFIX}")));
+        let Some(path) = path.filter(|path| path.exists()) else {
+            return Err(Failure::new(format!("no volume named `{name}` is running")).hint(
+                "`nbdmirror status` lists the running volumes; --control PATH names a socket elsewhere",
+            ));
+        };
+        Self::connect(&path)
+    }
+
     /// Connects to the control socket at `path`.
     ///
     /// # Errors

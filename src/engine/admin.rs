@@ -72,16 +72,13 @@ impl DataPlane {
                     let _ = answer.send(self.status());
                 }
                 Message::Stop(answer) => self.begin_stop(answer),
+                Message::Allocation { op, slot, extents } => self.surveyed(op, slot, extents),
             }
         }
     }
 
     fn connect(&mut self, connection: Connection, counted: Counted) {
         let Connection { fd, session, leftover, peer } = connection;
-        if self.stop.is_some() {
-            tracing::info!("{peer}: refused, the volume is stopping");
-            return;
-        }
         if self.clients.len() >= CONNECTIONS_MAX {
             tracing::warn!("{peer}: refused, {CONNECTIONS_MAX} clients are connected");
             return;
@@ -92,6 +89,7 @@ impl DataPlane {
             Err(errno) => tracing::debug!("{peer}: no TCP_NODELAY: {}", errno.desc()),
         }
         let mut client = Client::new(fd, session, peer, counted, self.now);
+        client.stopping = self.stop.is_some();
         client.preload(&self.pool, &leftover);
         let key = self.clients.insert(client);
         if let Some(ns_max) = self.client_idle_ns_max {
@@ -187,14 +185,20 @@ impl DataPlane {
             return;
         }
         self.stop = Some(Stop { waiters: vec![waiter], stage: StopStage::Draining(None) });
+        // What is in flight is answered; what comes now is refused, until the end (NT-03).
         for key in self.clients.keys() {
-            self.end_reading(key);
+            if let Some(client) = self.clients.get_mut(key) {
+                client.stopping = true;
+                client.in_line = false;
+            }
+            self.touch(key);
         }
     }
 
     /// Goes on with a stop where it can; the report when it has come to its end.
     pub(super) fn stop_step(&mut self) -> Option<StopReport> {
-        let drained = self.clients.iter().all(|client| client.unanswered == 0);
+        // A request that is still coming is not waited for: it would be refused.
+        let drained = self.clients.iter().all(|client| client.outgoing.is_empty() && !client.sending);
         let Self { stop, requests, now, .. } = self;
         let stop = stop.as_mut()?;
         if let StopStage::Draining(deadline) = &mut stop.stage

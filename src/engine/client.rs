@@ -4,9 +4,11 @@
 //!             header complete          WRITE                   payload complete
 //! Header ────────────────────────────► Payload ──────────────────────────────► request, Header
 //!   │  ▲                                 │  ▲  (large: lent to the kernel, Lent, and back)
-//!   │  └───── all skipped: reply ──── Skip ◄── refused WRITE
-//!   └─► Ended: DISC, wrong magic, end of stream, engine stops; nothing is read any more
+//!   │  └───── all skipped: reply ──── Skip ◄── refused
+//!   └─► Ended: DISC, wrong magic, end of stream; nothing is read any more
 //! ```
+//!
+//! While the engine stops, requests go on being read, and each is refused with ESHUTDOWN.
 //!
 //! What must hold: `unanswered` counts the requests whose reply has not been sent or dropped, `held_bytes` what they
 //! are charged; a connection is let go only when both are zero and the ring has nothing of it.
@@ -21,15 +23,32 @@ use super::send_batch::Outgoing;
 use super::slab::Key;
 use crate::buffer::{Buffer, BufferPool, UniquePayload};
 use crate::mirror::event::Request;
-use crate::nbd::session::{Command, Parsed, Session};
-use crate::nbd::wire::{NbdError, REQUEST_BYTES};
+use crate::nbd::session::{Command, Parsed, Refusal, Session, Tag, extents_max};
+use crate::nbd::wire::NbdError;
 use crate::units::{ByteRange, Nanos};
+
+/// What is charged for an extent of an answer to BLOCK_STATUS, bytes: as the core's value, and as it is sent.
+const EXTENT_COST: u64 = 32;
+
+/// Why nothing is begun while the engine stops.
+const STOPPING: Refusal = Refusal { error: NbdError::Shutdown, message: "the volume is stopping", at: None };
+
+/// What a request is answered with when it succeeds.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Expect {
+    /// Nothing but that.
+    Done,
+    /// That many bytes; in one piece where `df`.
+    Read { bytes: u64, df: bool },
+    /// The status of that many bytes, in `one` extent a context or many.
+    Status { len: u64, one: bool },
+}
 
 /// A WRITE whose payload is being received.
 pub(super) struct Incoming {
     pub payload: UniquePayload,
     pub filled: usize,
-    cookie: u64,
+    tag: Tag,
     fua: bool,
     offset: u64,
     cost: u64,
@@ -41,8 +60,8 @@ enum Stage {
     /// The payload is with the kernel; what it is charged.
     Lent(u64),
     Skip {
-        cookie: u64,
-        error: NbdError,
+        tag: Tag,
+        refusal: Refusal,
         remaining: usize,
     },
     Ended,
@@ -51,9 +70,9 @@ enum Stage {
 /// What the bytes received so far come to.
 pub(super) enum Next {
     /// A request, charged.
-    Request { cookie: u64, request: Request, cost: u64 },
-    /// A request that is refused.
-    Refused { cookie: u64, error: NbdError },
+    Request { tag: Tag, request: Request, expect: Expect, cost: u64 },
+    /// A request that is refused; what it was charged until now.
+    Refused { tag: Tag, refusal: Refusal, cost: u64 },
     /// The connection's own limits are reached: go on when a reply has been sent.
     OwnShareFull,
     /// The memory budget is used up: stand in line.
@@ -89,6 +108,8 @@ pub(super) struct Client {
     pub broken: bool,
     /// The socket has been shut down.
     pub shut: bool,
+    /// The engine stops: requests are refused.
+    pub stopping: bool,
     /// When the peer last moved a byte, or work for it began.
     pub moved_at: Nanos,
     /// Bytes to be received at a time; grows with use.
@@ -116,6 +137,7 @@ impl Client {
             in_line: false,
             broken: false,
             shut: false,
+            stopping: false,
             moved_at: now,
             buffer_bytes: BUFFER_BYTES_MIN,
             stage: Stage::Header,
@@ -210,14 +232,14 @@ impl Client {
                     }
                     return self.payload_complete();
                 }
-                Stage::Skip { cookie, error, remaining } => {
+                Stage::Skip { tag, refusal, remaining } => {
                     let count = (self.end - self.start).min(*remaining);
                     self.start += count;
                     *remaining -= count;
                     if *remaining > 0 {
                         return Next::More;
                     }
-                    let next = Next::Refused { cookie: *cookie, error: *error };
+                    let next = Next::Refused { tag: *tag, refusal: *refusal, cost: 0 };
                     self.stage = Stage::Header;
                     return next;
                 }
@@ -226,12 +248,20 @@ impl Client {
     }
 
     fn payload_complete(&mut self) -> Next {
-        let Stage::Payload(Incoming { payload, cookie, fua, offset, cost, .. }) =
+        let Stage::Payload(Incoming { payload, tag, fua, offset, cost, .. }) =
             std::mem::replace(&mut self.stage, Stage::Header)
         else {
             unreachable!("called in this stage")
         };
-        Next::Request { cookie, request: Request::Write { offset, data: payload, fua }, cost }
+        if self.stopping {
+            return Next::Refused { tag, refusal: STOPPING, cost };
+        }
+        Next::Request {
+            tag,
+            request: Request::Write { offset, data: payload, fua },
+            expect: Expect::Done,
+            cost,
+        }
     }
 
     /// Obeys the next header; `None` where its payload is what comes next.
@@ -241,11 +271,11 @@ impl Client {
         admit: &mut impl FnMut(u64, u64) -> Admission,
     ) -> Option<Next> {
         let bytes = self.buffer.as_deref().map_or(&[][..], |buffer| &buffer[self.start..self.end]);
-        let Some(header) = bytes.first_chunk::<REQUEST_BYTES>() else { return Some(Next::More) };
+        let Some((parsed, taken)) = self.session.parse(bytes) else { return Some(Next::More) };
         if self.unanswered >= CLIENT_REQUESTS_MAX {
             return Some(Next::OwnShareFull);
         }
-        let (cookie, command) = match self.session.parse(header) {
+        let (tag, command) = match parsed {
             Parsed::Close(why) => {
                 self.stage = Stage::Ended;
                 return Some(Next::Ended(Some(why)));
@@ -254,43 +284,40 @@ impl Client {
                 self.stage = Stage::Ended;
                 return Some(Next::Ended(None));
             }
-            Parsed::Refuse { cookie, error, skip_payload_bytes } => {
-                self.start += REQUEST_BYTES;
-                self.unanswered += 1;
-                self.stage = Stage::Skip { cookie, error, remaining: skip_payload_bytes as usize };
+            Parsed::Refuse { tag, refusal, skip_payload_bytes } => {
+                self.refuse(taken, tag, refusal, skip_payload_bytes);
                 return None;
             }
-            Parsed::Command { cookie, command } => (cookie, command),
-        };
-        let cost = match command {
-            Command::Read { offset, len } | Command::Write { offset, len, .. } => {
-                payload_cost(offset, u64::from(len))
+            Parsed::Command { tag, command } if self.stopping => {
+                let payload_bytes = if let Command::Write { len, .. } = command { len } else { 0 };
+                self.refuse(taken, tag, STOPPING, payload_bytes);
+                return None;
             }
-            Command::WriteZeroes { .. } | Command::Trim { .. } | Command::Flush => 0,
+            Parsed::Command { tag, command } => (tag, command),
         };
+        let cost = cost(&command);
         match admit(self.held_bytes, cost) {
             Admission::Granted => {}
             Admission::OwnShareFull => return Some(Next::OwnShareFull),
             Admission::Wait => return Some(Next::Wait),
         }
-        self.start += REQUEST_BYTES;
+        self.start += taken;
         self.unanswered += 1;
         self.held_bytes += cost;
-        let range = |offset, len: u32| ByteRange::new(offset, u64::from(len));
-        let request = match command {
-            Command::Write { offset, len, fua } => {
-                let payload = pool.payload_for(range(offset, len));
-                self.stage = Stage::Payload(Incoming { payload, filled: 0, cookie, fua, offset, cost });
-                return None;
-            }
-            Command::Read { offset, len } => Request::Read { range: range(offset, len) },
-            Command::WriteZeroes { offset, len, may_unmap, fua } => {
-                Request::WriteZeroes { range: range(offset, len), may_unmap, fast: false, fua }
-            }
-            Command::Trim { offset, len, fua } => Request::Trim { range: range(offset, len), fua },
-            Command::Flush => Request::Flush,
-        };
-        Some(Next::Request { cookie, request, cost })
+        if let Command::Write { offset, len, fua } = command {
+            let payload = pool.payload_for(ByteRange::new(offset, len.into()));
+            self.stage = Stage::Payload(Incoming { payload, filled: 0, tag, fua, offset, cost });
+            return None;
+        }
+        let (request, expect) = request(command);
+        Some(Next::Request { tag, request, expect, cost })
+    }
+
+    /// Goes on to skip the payload of a request whose beginning of `taken` bytes has been parsed, and then to refuse it.
+    fn refuse(&mut self, taken: usize, tag: Tag, refusal: Refusal, payload_bytes: u32) {
+        self.start += taken;
+        self.unanswered += 1;
+        self.stage = Stage::Skip { tag, refusal, remaining: payload_bytes as usize };
     }
 
     /// What to receive next, after `Next::More`; `None` where nothing is to be received.
@@ -325,7 +352,7 @@ impl Client {
     /// A buffer to receive into, with the unparsed beginning of a header (if any) moved to its front.
     fn receive_buffer(&mut self, pool: &BufferPool, bytes: usize) -> Into {
         let kept = self.end - self.start;
-        assert!(kept < REQUEST_BYTES);
+        assert!(kept < Session::PARSE_BYTES_MAX);
         let buffer = match self.buffer.take() {
             Some(mut buffer) if buffer.len() == bytes => {
                 buffer.copy_within(self.start..self.end, 0);
@@ -343,4 +370,39 @@ impl Client {
         (self.start, self.end) = (0, 0);
         Into::Buffer { buffer, filled: kept }
     }
+}
+
+/// The memory that a command is charged, bytes.
+fn cost(command: &Command) -> u64 {
+    match *command {
+        Command::Read { offset, len, .. } | Command::Write { offset, len, .. } => {
+            payload_cost(offset, u64::from(len))
+        }
+        Command::BlockStatus { len, contexts, one, .. } => {
+            EXTENT_COST * extents_max(len, one) * contexts.iter().count() as u64
+        }
+        Command::WriteZeroes { .. } | Command::Trim { .. } | Command::Cache { .. } | Command::Flush => 0,
+    }
+}
+
+/// What the core is asked for a command without a payload, and what it answers.
+fn request(command: Command) -> (Request, Expect) {
+    let request = match command {
+        Command::Write { .. } => unreachable!("begun when its payload has come"),
+        Command::Read { offset, len, df } => {
+            let range = ByteRange::new(offset, len.into());
+            return (Request::Read { range }, Expect::Read { bytes: range.len, df });
+        }
+        Command::BlockStatus { offset, len, contexts, one } => {
+            let range = ByteRange::new(offset, len);
+            return (Request::BlockStatus { range, contexts, one }, Expect::Status { len, one });
+        }
+        Command::WriteZeroes { offset, len, may_unmap, fast, fua } => {
+            Request::WriteZeroes { range: ByteRange::new(offset, len), may_unmap, fast, fua }
+        }
+        Command::Trim { offset, len, fua } => Request::Trim { range: ByteRange::new(offset, len), fua },
+        Command::Cache { offset, len } => Request::Cache { range: ByteRange::new(offset, len) },
+        Command::Flush => Request::Flush,
+    };
+    (request, Expect::Done)
 }

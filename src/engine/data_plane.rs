@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 
 use super::admin::{AdminWaiter, Stop};
-use super::client::Client;
+use super::client::{Client, Expect};
 use super::device_io::ZEROES_BYTES;
 use super::devices::Devices;
 use super::handle::{EngineConfig, Mailbox, StopReport};
@@ -30,8 +30,9 @@ use super::slab::{Key, Slab};
 use crate::buffer::{BufferPool, SharedBuffer};
 use crate::mirror::Mirror;
 use crate::mirror::event::{
-    Action, AdminId, DeviceOutput, Event, Notice, NoticeLevel, OpId, RequestError, RequestId,
+    Action, AdminId, Answer, DeviceOutput, Event, Notice, NoticeLevel, OpId, RequestError, RequestId,
 };
+use crate::nbd::session::Tag;
 use crate::nbd::wire::NbdError;
 use crate::units::{Nanos, SECOND_NS};
 
@@ -42,14 +43,17 @@ const CLOSE_NS_MAX: u64 = 3 * SECOND_NS;
 /// Completions handled between two looks at the clock.
 const CLOCK_EVERY: usize = 8;
 
+/// Why a connection must be there.
+const KEPT: &str = "a connection is kept while it has requests";
+
 /// A client's request with the core.
 pub(super) struct Pending {
     pub connection: Key,
-    pub cookie: u64,
+    pub tag: Tag,
     /// What it is charged.
     pub cost: u64,
-    /// Bytes that a successful reply carries.
-    pub read_bytes: u64,
+    /// What a successful reply carries.
+    pub expect: Expect,
 }
 
 /// Everything the thread owns.
@@ -220,26 +224,39 @@ impl DataPlane {
                 let Some(pending) = self.requests.remove(Key::from_u64(id)) else {
                     unreachable!("the core answers each request once")
                 };
-                let Pending { connection, cookie, cost, read_bytes } = pending;
-                let Some(client) = self.clients.get(connection) else {
-                    unreachable!("a connection is kept while it has requests")
-                };
-                let (status, payload) = match result {
-                    Ok(answer) => {
-                        let payload = answer.data();
-                        // Anything else would put the client's stream out of step.
-                        assert!(payload.as_ref().map_or(0, |payload| payload.len as u64) == read_bytes);
-                        (Ok(()), payload)
-                    }
-                    Err(error) => (Err(nbd_error(error)), None),
-                };
-                let header = client.session.encode_reply(cookie, status);
-                self.reply(connection, header, payload, cost);
+                self.answer(pending, result);
             }
             Action::Attach { id, slot } => self.attach(id, slot),
             Action::Detach { slot } => self.devices.detach(slot),
             Action::AdminDone { id, result } => self.admin_done(id, result),
             Action::Notice(notice) => log(&notice),
+        }
+    }
+
+    /// Makes the core's answer a reply.
+    fn answer(&mut self, pending: Pending, result: Result<Answer, RequestError>) {
+        let Pending { connection, tag, cost, expect } = pending;
+        match (expect, result) {
+            (Expect::Read { bytes, df }, Ok(answer)) => {
+                let payload = answer.data();
+                // Anything else would put the client's stream out of step.
+                assert!(payload.as_ref().map_or(0, |payload| payload.len as u64) == bytes);
+                self.reply_data(connection, tag, df, payload, cost);
+            }
+            (Expect::Status { len, one }, Ok(Answer::Status(answer))) => {
+                self.reply_status(connection, tag, (len, one), &answer, cost);
+            }
+            (Expect::Status { .. }, Ok(_)) => unreachable!("a range with bytes has a status"),
+            (Expect::Done, Ok(answer)) => {
+                assert!(matches!(answer, Answer::Done));
+                let Some(client) = self.clients.get(connection) else { unreachable!("{KEPT}") };
+                self.reply(connection, client.session.encode_done(tag), None, cost);
+            }
+            (_, Err(error)) => {
+                let Some(client) = self.clients.get(connection) else { unreachable!("{KEPT}") };
+                let head = client.session.encode_error(tag, nbd_error(error), &error.to_string(), None);
+                self.reply(connection, head, None, cost);
+            }
         }
     }
 

@@ -9,6 +9,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -133,7 +134,7 @@ pub struct ReplicaDevice {
     /// A write with `RWF_DSYNC` is durable when it ends, see `device_probe`.
     pub(super) keeps_dsync: bool,
     identity: DeviceIdentity,
-    file: File,
+    file: Arc<File>,
 }
 
 impl ReplicaDevice {
@@ -162,15 +163,21 @@ impl ReplicaDevice {
         let device_bytes = bytes & !(BLOCK_BYTES - 1);
         let io_align = probe::enable_direct(&file, kind, device_bytes).map_err(|e| fail("read it", e))?;
         let cheap_zero = access == Access::ReadWrite && probe::cheap_zero(&file, kind, bytes);
+        let cheap_allocated_zero = access == Access::ReadWrite && probe::cheap_allocated_zero(&file, kind);
         Ok(Self {
             path: path.to_path_buf(),
-            traits: DeviceTraits { device_bytes, io_align: io_align.unwrap_or(1), cheap_zero },
+            traits: DeviceTraits {
+                device_bytes,
+                io_align: io_align.unwrap_or(1),
+                cheap_zero,
+                cheap_allocated_zero,
+            },
             direct: io_align.is_some(),
             kind,
             in_memory: kind == DeviceKind::File && probe::is_tmpfs(&file),
             keeps_dsync: kind == DeviceKind::BlockDevice || probe::keeps_dsync(&file),
             identity: identity_of(&metadata),
-            file,
+            file: Arc::new(file),
         })
     }
 
@@ -264,8 +271,13 @@ impl ReplicaDevice {
 
     /// Whether the file is shorter now than when it was opened. A block device never is.
     pub(super) fn is_cut_short(&self) -> bool {
-        let size = nix::sys::stat::fstat(&self.file).map_or(0, |stat| stat.st_size as u64);
+        let size = nix::sys::stat::fstat(&*self.file).map_or(0, |stat| stat.st_size as u64);
         self.kind == DeviceKind::File && size < self.traits.device_bytes
+    }
+
+    /// The open file, which the device's lock belongs to.
+    pub(super) fn file(&self) -> Arc<File> {
+        Arc::clone(&self.file)
     }
 
     /// The descriptor; valid as long as `self`.

@@ -28,6 +28,8 @@ use crate::units::ReplicaSlot;
 const ZERO_BYTES_MAX: u64 = 1 << 30;
 /// Most bytes moved by one read or write.
 const TRANSFER_BYTES_MAX: u64 = 1 << 30;
+/// Bytes prefetched at a time: of a longer range the kernel would take in only about that much (its read-ahead).
+const PREFETCH_BYTES_MAX: u64 = 128 << 10;
 /// Bytes of the zeroes that are written where nothing cheaper works.
 pub(super) const ZEROES_BYTES: usize = 1 << 20;
 /// Times in a row that "try again" is believed.
@@ -66,6 +68,7 @@ enum Work {
     Write { offset: u64, done: u64, data: Payload, durable: Durable },
     Zero { offset: u64, len: u64, done: u64, how: ZeroHow, zeroes: SharedBuffer },
     Flush,
+    Prefetch { offset: u64, len: u64, done: u64 },
 }
 
 /// How a write is made durable.
@@ -95,7 +98,7 @@ pub(super) enum Step {
 }
 
 impl DeviceIo {
-    /// The ring's form of `request`, which is not a `ProbeHole` (that one needs no ring).
+    /// The ring's form of `request`, which is neither a `ProbeHole` nor an `Allocation` (these need no ring).
     /// `zeroes` is a buffer of [`ZEROES_BYTES`] zeroes.
     pub(super) fn new(
         (op, slot): (OpId, ReplicaSlot),
@@ -121,7 +124,8 @@ impl DeviceIo {
                 Work::Zero { offset: offset.0, len, done: 0, how, zeroes: zeroes.clone() }
             }
             DeviceOp::Flush => Work::Flush,
-            DeviceOp::Cache { .. } | DeviceOp::Allocation { .. } | DeviceOp::ProbeHole { .. } => {
+            DeviceOp::Cache { offset, len } => Work::Prefetch { offset: offset.0, len, done: 0 },
+            DeviceOp::Allocation { .. } | DeviceOp::ProbeHole { .. } => {
                 unreachable!("answered without the ring")
             }
         };
@@ -135,7 +139,7 @@ impl DeviceIo {
         let (offset, len, address) = match &self.work {
             Work::Read { offset, len, buffer, .. } => (*offset, *len, buffer.as_ptr() as u64),
             Work::Write { offset, data, .. } => (*offset, data.len as u64, data.bytes().as_ptr() as u64),
-            Work::Zero { .. } | Work::Flush => return true,
+            Work::Zero { .. } | Work::Flush | Work::Prefetch { .. } => return true,
         };
         (offset | len | address) % self.io_align == 0
     }
@@ -163,6 +167,11 @@ impl DeviceIo {
                 let bytes = (*len - *done).min(ZERO_BYTES_MAX);
                 opcode::Fallocate::new(fd, bytes).offset(*offset + *done).mode(how.mode()).build()
             }
+            Work::Prefetch { offset, len, done } => {
+                let bytes = (*len - *done).min(PREFETCH_BYTES_MAX);
+                let advice = libc::POSIX_FADV_WILLNEED;
+                opcode::Fadvise::new(fd, bytes as libc::off_t, advice).offset(*offset + *done).build()
+            }
             Work::Flush => opcode::Fsync::new(fd).flags(FsyncFlags::DATASYNC).build(),
         };
         // What the kernel would not do at once and gave back: let a worker thread do it.
@@ -174,7 +183,7 @@ impl DeviceIo {
         match &self.work {
             Work::Read { len, .. } => *len <= bytes_max,
             Work::Write { data, .. } => data.len as u64 <= bytes_max,
-            Work::Zero { .. } => false,
+            Work::Zero { .. } | Work::Prefetch { .. } => false,
             Work::Flush => true,
         }
     }
@@ -203,7 +212,7 @@ impl DeviceIo {
             }
             // SAFETY: takes no memory.
             Work::Flush => unsafe { libc::fdatasync(self.fd) as isize },
-            Work::Zero { .. } => unreachable!("never small"),
+            Work::Zero { .. } | Work::Prefetch { .. } => unreachable!("never small"),
         };
         if result < 0 { -Errno::last_raw() } else { result as i32 }
     }
@@ -231,6 +240,10 @@ impl DeviceIo {
         self.retries = 0;
         let (len, done, moved) = match &mut self.work {
             Work::Flush => return self.ended(),
+            Work::Prefetch { len, done, .. } => {
+                let moved = (*len - *done).min(PREFETCH_BYTES_MAX);
+                (*len, done, moved)
+            }
             Work::Read { len, done, .. } => (*len, done, result as u64),
             Work::Write { data, done, .. } => (data.len as u64, done, result as u64),
             Work::Zero { len, done, how, .. } => {
@@ -265,6 +278,9 @@ impl DeviceIo {
             self.retries += 1;
             return Step::Again(self);
         }
+        if matches!(self.work, Work::Prefetch { .. }) {
+            return self.ended(); // it was advice
+        }
         if let Work::Zero { how, .. } = &mut self.work
             && *how != ZeroHow::Write
             && matches!(
@@ -282,7 +298,9 @@ impl DeviceIo {
     fn ended(self) -> Step {
         let output = match self.work {
             Work::Read { buffer, .. } => DeviceOutput::Read(buffer),
-            Work::Write { .. } | Work::Zero { .. } | Work::Flush => DeviceOutput::Done,
+            Work::Write { .. } | Work::Zero { .. } | Work::Flush | Work::Prefetch { .. } => {
+                DeviceOutput::Done
+            }
         };
         Step::Ended(self.op, self.slot, Ok(output))
     }

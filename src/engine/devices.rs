@@ -17,9 +17,10 @@ use super::data_plane::DataPlane;
 use super::device::{DeviceKind, ReplicaDevice};
 use super::device_io::{DeviceIo, Step, Target};
 use super::operation::Operation;
+use super::survey::{Question, Surveyor};
 use crate::extent::Extent;
 use crate::mirror::event::{DeviceOp, DeviceOutput, OpId};
-use crate::units::{REPLICAS_MAX, ReplicaSlot};
+use crate::units::{REPLICAS_MAX, ReplicaOffset, ReplicaSlot};
 
 /// Largest transfer that is done at once on a file in memory, bytes.
 const AT_ONCE_BYTES_MAX: u64 = 64 << 10;
@@ -27,6 +28,7 @@ const AT_ONCE_BYTES_MAX: u64 = 64 << 10;
 /// A device in use.
 pub(super) struct Attached {
     pub device: ReplicaDevice,
+    surveyor: Surveyor,
     in_flight: u32,
     /// The turn of the loop in which its size was looked at last.
     looked_at: u64,
@@ -39,7 +41,14 @@ pub(super) struct Attached {
 
 impl Attached {
     fn new(device: ReplicaDevice) -> Self {
-        Self { device, in_flight: 0, looked_at: 0, cut_short: false, lost_writes: false }
+        Self {
+            device,
+            surveyor: Surveyor::default(),
+            in_flight: 0,
+            looked_at: 0,
+            cut_short: false,
+            lost_writes: false,
+        }
     }
 
     /// Whether the device is as long as it was when it was opened; looks once a turn.
@@ -115,12 +124,13 @@ impl DataPlane {
             self.device_done.push_back((op, Ok(DeviceOutput::Hole(hole))));
             return;
         }
-        if let DeviceOp::Allocation { len, .. } = request {
-            let all_data = vec![Extent { len, flags: 0 }];
-            self.device_done.push_back((op, Ok(DeviceOutput::Allocation(all_data))));
+        if let DeviceOp::Allocation { offset, len } = request {
+            self.survey(op, slot, offset, len);
             return;
         }
-        if let DeviceOp::Cache { .. } = request {
+        if matches!(request, DeviceOp::Cache { .. }) && (attached.device.direct || attached.device.in_memory)
+        {
+            // Past the page cache, or in it already: nothing to warm up.
             self.device_done.push_back((op, Ok(DeviceOutput::Done)));
             return;
         }
@@ -138,6 +148,28 @@ impl DataPlane {
         } else {
             self.ring.start(Operation::Device(io));
         }
+    }
+
+    /// Asks where the device has holes, see `survey`.
+    fn survey(&mut self, op: OpId, slot: ReplicaSlot, offset: ReplicaOffset, len: u64) {
+        let attached = self.devices.attached(slot);
+        let all_data = vec![Extent { len, flags: 0 }];
+        if attached.device.kind == DeviceKind::BlockDevice {
+            self.device_done.push_back((op, Ok(DeviceOutput::Allocation(all_data))));
+            return;
+        }
+        attached.in_flight += 1;
+        let question = Question { op, slot, file: attached.device.file(), offset: offset.0, len };
+        if let Err(error) = attached.surveyor.ask(question, &self.mailbox) {
+            tracing::debug!("no thread to look for holes: {error}");
+            self.end_device_op(op, slot, Ok(DeviceOutput::Allocation(all_data)));
+        }
+    }
+
+    /// A question for holes is answered.
+    pub(super) fn surveyed(&mut self, op: OpId, slot: ReplicaSlot, extents: Vec<Extent>) {
+        self.end_device_op(op, slot, Ok(DeviceOutput::Allocation(extents)));
+        self.feed_device_done();
     }
 
     fn run_device_io(&mut self, mut io: DeviceIo) {

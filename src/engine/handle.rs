@@ -25,9 +25,10 @@ use super::availability::{self, UringUnavailable};
 use super::data_plane::DataPlane;
 use super::device::{DeviceKind, ReplicaDevice};
 use super::ring::Ring;
+use crate::extent::Extent;
 use crate::format::{Assembly, Found};
 use crate::mirror::MirrorConfig;
-use crate::mirror::event::AdminError;
+use crate::mirror::event::{AdminError, OpId};
 use crate::mirror::status::Status;
 use crate::nbd::session::Session;
 use crate::units::{REPLICAS_MAX, ReplicaSlot};
@@ -140,6 +141,12 @@ pub(super) enum Message {
     Admin(Box<AdminRequest>, oneshot::Sender<AdminAnswer>),
     Status(oneshot::Sender<EngineStatus>),
     Stop(oneshot::Sender<StopReport>),
+    /// From a replica's surveyor.
+    Allocation {
+        op: OpId,
+        slot: ReplicaSlot,
+        extents: Vec<Extent>,
+    },
 }
 
 /// Counts a connection for as long as it is there, wherever it waits or is served.
@@ -168,7 +175,7 @@ pub(super) struct Mailbox {
 }
 
 impl Mailbox {
-    fn post(&self, message: Message) {
+    pub(super) fn post(&self, message: Message) {
         if self.put(message) {
             self.wake();
         }

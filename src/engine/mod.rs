@@ -30,6 +30,7 @@ mod ring;
 mod send;
 mod send_batch;
 mod slab;
+mod survey;
 
 pub use availability::{UringUnavailable, check_io_uring};
 pub use device::{Access, DeviceIdentity, DeviceKind, DeviceOpenError, ReplicaDevice, identity_of_path};

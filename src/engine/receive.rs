@@ -12,7 +12,8 @@ use super::data_plane::{DataPlane, Pending};
 use super::operation::Operation;
 use super::slab::Key;
 use crate::buffer::Buffer;
-use crate::mirror::event::{Event, Request, RequestId};
+use crate::mirror::event::{Event, RequestId};
+use crate::nbd::session::Refusal;
 use crate::units::SECOND_NS;
 
 /// Receive buffer of a connection that is idle or moves large payloads, bytes.
@@ -110,25 +111,21 @@ impl DataPlane {
         let mut at_front = at_front;
         loop {
             let Some(client) = self.clients.get_mut(key) else { return };
-            if client.in_line || self.stop.is_some() {
+            if client.in_line {
                 return self.let_go_if_done(key);
             }
             let budget = &mut self.budget;
             let next = client.next(&self.pool, |held, cost| budget.admit(held, cost, at_front));
             match next {
-                Next::Request { cookie, request, cost } => {
+                Next::Request { tag, request, expect, cost } => {
                     at_front = false;
-                    let read_bytes = match &request {
-                        Request::Read { range } => range.len,
-                        _ => 0,
-                    };
-                    let pending = Pending { connection: key, cookie, cost, read_bytes };
+                    let pending = Pending { connection: key, tag, cost, expect };
                     let id = RequestId(self.requests.insert(pending).to_u64());
                     self.feed(Event::Request { id, request });
                 }
-                Next::Refused { cookie, error } => {
-                    let header = client.session.encode_reply(cookie, Err(error));
-                    self.reply(key, header, None, 0);
+                Next::Refused { tag, refusal: Refusal { error, message, at }, cost } => {
+                    let head = client.session.encode_error(tag, error, message, at);
+                    self.reply(key, head, None, cost);
                 }
                 Next::OwnShareFull => return,
                 Next::Wait => {

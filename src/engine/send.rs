@@ -12,7 +12,9 @@ use super::receive::{BUFFER_BYTES_MIN, IDLE_NS};
 use super::send_batch::{Outgoing, SendBatch, SendStep};
 use super::slab::Key;
 use crate::buffer::Payload;
-use crate::units::SECOND_NS;
+use crate::extent::ContextExtents;
+use crate::nbd::session::{Head, Tag};
+use crate::units::{ByteRange, SECOND_NS};
 
 /// Batches kept for reuse.
 const SPARE_BATCHES_MAX: usize = 64;
@@ -22,16 +24,54 @@ const STALL_SWEEP_NS: u64 = SECOND_NS;
 const IDLE_SWEEP_NS_MIN: u64 = SECOND_NS / 10;
 
 impl DataPlane {
-    /// Puts a reply in line; it goes out at the end of the turn.
-    pub(super) fn reply(&mut self, key: Key, header: [u8; 16], payload: Option<Payload>, cost: u64) {
+    /// Puts a whole reply in line; it goes out at the end of the turn.
+    pub(super) fn reply(&mut self, key: Key, head: Head, payload: Option<Payload>, cost: u64) {
         let Some(client) = self.clients.get_mut(key) else { unreachable!("kept while it has requests") };
         if client.broken {
             drop(payload);
             self.answered(key, 1, cost);
         } else {
-            client.outgoing.push_back(Outgoing { header, payload, cost });
+            client.outgoing.push_back(Outgoing { head, payload, replies: 1, cost });
             self.touch(key);
         }
+    }
+
+    /// Puts the bytes of a READ in line, in as many pieces as they are sent in; `None`: there are no bytes.
+    pub(super) fn reply_data(&mut self, key: Key, tag: Tag, df: bool, payload: Option<Payload>, cost: u64) {
+        let Some(client) = self.clients.get_mut(key) else { unreachable!("kept while it has requests") };
+        if client.broken {
+            drop(payload);
+            return self.answered(key, 1, cost);
+        }
+        let outgoing = &mut client.outgoing;
+        client.session.encode_read(tag, df, payload.as_ref().map_or(&[], Payload::bytes), |head, part| {
+            // All pieces share the memory.
+            let payload = payload.as_ref().filter(|_| !part.is_empty()).map(|payload| Payload {
+                buffer: payload.buffer.clone(),
+                start: payload.start + part.start,
+                len: part.len(),
+            });
+            outgoing.push_back(Outgoing { head, payload, replies: 0, cost: 0 });
+        });
+        let Some(last) = outgoing.back_mut() else { unreachable!("a reply has a piece") };
+        (last.replies, last.cost) = (1, cost);
+        self.touch(key);
+    }
+
+    /// Puts the answer to a BLOCK_STATUS in line.
+    pub(super) fn reply_status(
+        &mut self,
+        key: Key,
+        tag: Tag,
+        (len, one): (u64, bool),
+        answer: &[ContextExtents],
+        cost: u64,
+    ) {
+        let Some(client) = self.clients.get_mut(key) else { unreachable!("kept while it has requests") };
+        let bytes = client.session.encode_status(tag, len, one, answer);
+        let mut payload = self.pool.payload_for(ByteRange::new(0, bytes.len() as u64));
+        payload.bytes_mut().copy_from_slice(&bytes);
+        self.reply(key, Head::new(), Some(payload.share()), cost);
     }
 
     /// Looks after the connection at the end of the turn.
@@ -151,7 +191,8 @@ impl DataPlane {
         }
         let dropped = std::mem::take(&mut client.outgoing);
         let cost = dropped.iter().map(|reply| reply.cost).sum();
-        self.answered(key, dropped.len() as u32, cost);
+        let replies = dropped.iter().map(|reply| reply.replies).sum();
+        self.answered(key, replies, cost);
     }
 
     /// Closes a connection that reads no more and has everything behind it.

@@ -13,22 +13,25 @@ use nix::errno::Errno;
 
 use super::slab::Key;
 use crate::buffer::Payload;
+use crate::nbd::session::Head;
 
 /// Payloads below this are copied behind their header; from here on a vector of their own is cheaper.
 const COPY_BYTES_MAX: usize = 2048;
-/// Payload bytes in a batch, about: what has been sent is released batch by batch.
+/// Bytes in a batch, about: what has been sent is released batch by batch.
 const BATCH_BYTES: usize = 1 << 20;
 /// Bytes given to the kernel at a time, about, so that a slow peer shows progress.
 const WINDOW_BYTES: usize = 1 << 20;
 /// Vectors in a batch, below the system's limit of 1024.
 const VECTORS_MAX: usize = 1000;
 
-/// A reply that waits to be sent.
+/// A reply that waits to be sent, or a piece of one. Not empty.
 pub(super) struct Outgoing {
-    /// The encoded header.
-    pub header: [u8; 16],
+    /// The encoded beginning.
+    pub head: Head,
     /// The bytes behind it.
     pub payload: Option<Payload>,
+    /// 1 for the last piece of a reply, 0 for others.
+    pub replies: u32,
     /// Bytes to be released when it has been sent.
     pub cost: u64,
 }
@@ -44,7 +47,7 @@ enum Segment {
 pub(super) struct SendBatch {
     /// To whom.
     pub connection: Key,
-    /// Replies in it.
+    /// Replies that end in it.
     pub replies: u32,
     /// Bytes to be released when it has been sent.
     pub cost: u64,
@@ -98,23 +101,24 @@ impl SendBatch {
         self.vectors.clear();
     }
 
-    /// Takes replies from the front of `queue`, at least one, in order.
+    /// Takes replies (and pieces) from the front of `queue`, at least one, in order.
     pub(super) fn fill(&mut self, queue: &mut VecDeque<Outgoing>) {
-        assert!(self.replies == 0 && !queue.is_empty());
-        let mut payload_bytes = 0;
-        while payload_bytes < BATCH_BYTES && self.segments.len() < VECTORS_MAX - 2 {
+        assert!(self.segments.is_empty() && !queue.is_empty());
+        let mut batch_bytes = 0;
+        while batch_bytes < BATCH_BYTES && self.segments.len() < VECTORS_MAX - 2 {
             let Some(reply) = queue.pop_front() else { break };
-            self.replies += 1;
+            self.replies += reply.replies;
             self.cost += reply.cost;
-            self.bytes.extend_from_slice(&reply.header);
+            batch_bytes += reply.head.len() + reply.payload.as_ref().map_or(0, |payload| payload.len);
+            self.bytes.extend_from_slice(&reply.head);
             match reply.payload {
                 Some(payload) if payload.len > COPY_BYTES_MAX => {
-                    payload_bytes += payload.len;
-                    self.close_bytes();
+                    if !reply.head.is_empty() {
+                        self.close_bytes();
+                    }
                     self.push_payload(payload);
                 }
                 Some(payload) => {
-                    payload_bytes += payload.len;
                     self.bytes.extend_from_slice(payload.bytes());
                     self.close_bytes();
                 }
@@ -238,11 +242,12 @@ mod tests {
         let mut queue = VecDeque::new();
         let mut expected = Vec::new();
         for (index, len) in lens.into_iter().enumerate() {
-            let header = [index as u8; 16];
+            // Heads that fit and heads that do not, and none at all where a payload can stand alone.
+            let head = Head::from_elem(index as u8, if len == 4096 { 0 } else { 16 + index * 7 });
             let payload = (len > 0).then(|| payload(&pool, len, 100 + index as u8));
-            expected.extend_from_slice(&header);
+            expected.extend_from_slice(&head);
             expected.extend_from_slice(payload.as_ref().map_or(&[][..], Payload::bytes));
-            queue.push_back(Outgoing { header, payload, cost: len });
+            queue.push_back(Outgoing { head, payload, replies: u32::from(index % 3 != 0), cost: len });
         }
         let mut batch = SendBatch::new(Slab::new().insert(()), -1);
         let mut sent = 0;
@@ -263,7 +268,7 @@ mod tests {
             }
             assert_eq!(step, SendStep::Sent);
         }
-        assert_eq!((sent, replies, cost), (expected.len(), lens.len() as u32, lens.iter().sum()));
+        assert_eq!((sent, replies, cost), (expected.len(), 6, lens.iter().sum()));
         batch.reset(batch.connection, -1);
         assert_eq!(pool.used_bytes(), 0);
     }

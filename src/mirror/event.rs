@@ -217,6 +217,8 @@ pub struct DeviceTraits {
     pub io_align: u32,
     /// Whether zeroing without writing works (punched holes, zero range, write-zeroes offload).
     pub cheap_zero: bool,
+    /// The same where the space must stay allocated (zero range; a punched hole does not do).
+    pub cheap_allocated_zero: bool,
 }
 
 /// What the core wants done.

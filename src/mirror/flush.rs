@@ -16,6 +16,7 @@ use nix::errno::Errno;
 use super::Mirror;
 use super::event::{DeviceOp, NoticeLevel, RequestId};
 use super::ops::OpOwner;
+use super::resync::Job;
 use super::slab::{Key, Slab};
 use crate::planted::{Bug, planted};
 use crate::units::{REPLICAS_MAX, ReplicaSet, ReplicaSlot};
@@ -178,7 +179,14 @@ impl Mirror {
         // A region copy flushes its targets only; its source, which is in sync, stands behind it.
         let good = !ticket.ok.intersection(self.in_sync).is_empty() || only_targets;
         if good {
-            for slot in failed.iter() {
+            // The source of a copy last: where a flush failed on all, the last one stays, and the copies on the others
+            // may stand in their caches only. A power cut then would turn back what is read from now on.
+            let source = match ticket.owner {
+                FlushOwner::Job(task) => self.job(task).and_then(Job::source),
+                _ => None,
+            };
+            let source = source.map(ReplicaSet::only).unwrap_or_default();
+            for slot in failed.difference(source).iter().chain(failed.intersection(source).iter()) {
                 self.fail_on_error(slot, ticket.errno, "a flush failed");
             }
         } else if !failed.is_empty() {

@@ -49,6 +49,8 @@ pub(super) struct Commit {
     later: ReplicaSet,
     ok: ReplicaSet,
     failed: SmallVec<[(ReplicaSlot, Errno); 2]>,
+    /// Resyncing replicas that are recorded as such, or better, once this is durable.
+    coming: ReplicaSet,
     /// Resyncing replicas that count as in sync once this is durable.
     joining: ReplicaSet,
 }
@@ -58,6 +60,9 @@ pub(super) struct Meta {
     /// A commit is wanted.
     pub(super) dirty: bool,
     pub(super) commit: Option<Commit>,
+    /// Resyncing replicas that a durable commit records as such. Becoming in sync takes a commit of its own: a start that
+    /// finds one replica a commit behind another takes it for diverged where a third joined without (`format::verdict`).
+    coming: ReplicaSet,
     /// After a commit that nobody took: not before this.
     pub(super) retry_at: Option<Nanos>,
     /// The volume has been stopped in order: commits may say so.
@@ -68,7 +73,14 @@ pub(super) struct Meta {
 
 impl Meta {
     pub(super) fn new() -> Self {
-        Self { dirty: false, commit: None, retry_at: None, clean: false, generations: 0 }
+        Self {
+            dirty: false,
+            commit: None,
+            coming: ReplicaSet::EMPTY,
+            retry_at: None,
+            clean: false,
+            generations: 0,
+        }
     }
 }
 
@@ -109,8 +121,10 @@ impl Mirror {
         }
         if let Some(commit) = &mut self.meta.commit {
             commit.joining.remove(slot);
+            commit.coming.remove(slot);
             commit.later.remove(slot);
         }
+        self.meta.coming.remove(slot);
         self.in_sync.remove(slot);
         self.resyncing.remove(slot);
         let text = format!("{} is {state:?}: {reason}", self.describe(slot));
@@ -265,6 +279,7 @@ impl Mirror {
             later: targets.difference(first),
             ok: ReplicaSet::EMPTY,
             failed: SmallVec::new(),
+            coming: self.resyncing,
             joining,
         });
         for slot in first.iter() {
@@ -348,6 +363,7 @@ impl Mirror {
             return;
         }
         self.head.event_count = commit.event_count;
+        self.meta.coming = self.meta.coming.union(commit.coming);
         let mut joined = false;
         for slot in commit.joining.intersection(commit.ok).iter() {
             if self.stale_count[slot.index()] > 0 || self.replica(slot).flush_failed {
@@ -358,6 +374,7 @@ impl Mirror {
                 continue;
             }
             self.resyncing.remove(slot);
+            self.meta.coming.remove(slot);
             self.in_sync.insert(slot);
             let replica = self.replica_mut(slot);
             replica.state = ReplicaState::InSync;
@@ -378,13 +395,14 @@ impl Mirror {
         }
     }
 
-    /// Resyncing replicas that miss nothing any more and have every page.
+    /// Resyncing replicas that are recorded as such, miss nothing any more and have every page.
     fn ready_to_join(&self) -> ReplicaSet {
         if self.resyncing.is_empty() || !self.open {
             return ReplicaSet::EMPTY;
         }
         let ready = |slot: &ReplicaSlot| {
-            self.stale_count[slot.index()] == 0
+            self.meta.coming.contains(*slot)
+                && self.stale_count[slot.index()] == 0
                 && self.pages.nothing_owed(*slot)
                 && !self.is_job_target(*slot)
                 && !self.replica(*slot).flush_failed

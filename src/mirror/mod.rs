@@ -24,6 +24,8 @@
 
 mod add;
 mod admin;
+mod block_status;
+mod cache;
 pub mod event;
 mod flush;
 mod intent;
@@ -51,6 +53,7 @@ use crate::format::superblock::Superblock;
 use crate::planted::{Bug, planted};
 use crate::units::{Nanos, REPLICAS_MAX, Regions, ReplicaSet, ReplicaSlot};
 use admin::AdminState;
+use block_status::StatusTask;
 use event::{Action, Answer, DeviceTraits, Event, Notice, NoticeLevel, Request, RequestError, RequestId};
 use flush::Flushes;
 use intent::{Pages, Sweep};
@@ -89,6 +92,7 @@ pub struct MirrorConfig {
 enum Task {
     Read(ReadTask),
     Write(Box<WriteTask>),
+    Status(Box<StatusTask>),
     Job(Box<Job>),
     /// A job that is just being made.
     Starting,
@@ -226,13 +230,16 @@ impl Mirror {
             Work::Granted(key)
                 if planted(Bug::OverlapRace) && !matches!(self.tasks.get(key), Some(Task::Job(_))) =>
             {
-                if let Some(Task::Read(_)) = self.tasks.get(key) {
-                    self.read_granted(key);
+                match self.tasks.get(key) {
+                    Some(Task::Read(_)) => self.read_granted(key),
+                    Some(Task::Status(_)) => self.status_granted(key),
+                    _ => {}
                 }
             }
             Work::Granted(key) => match self.tasks.get(key) {
                 Some(Task::Read(_)) => self.read_granted(key),
                 Some(Task::Write(_)) => self.write_granted(key),
+                Some(Task::Status(_)) => self.status_granted(key),
                 Some(Task::Job(_)) => self.job_granted(key),
                 Some(Task::Starting) | None => unreachable!("a lock is granted to who waits for it"),
             },
@@ -250,7 +257,9 @@ impl Mirror {
                     self.write_intent_failed(key, RequestError::Io);
                 }
                 Some(Task::Write(_)) => self.write_lock(key),
-                Some(Task::Job(_) | Task::Starting) | None => unreachable!("only requests wait for a sync"),
+                Some(Task::Status(_) | Task::Job(_) | Task::Starting) | None => {
+                    unreachable!("only reads and writes wait for a sync")
+                }
             },
             Work::Settled(key) => match self.tasks.get(key) {
                 Some(Task::Read(_)) => self.read_granted(key),
@@ -282,13 +291,14 @@ impl Mirror {
         match request {
             Request::Read { range } => self.start_read(id, range),
             Request::Write { offset, data, fua } => self.start_write(id, offset, data, fua),
-            Request::WriteZeroes { range, may_unmap, fast: _, fua } => {
-                self.start_zeroes(id, range, may_unmap, fua);
+            Request::WriteZeroes { range, may_unmap, fast, fua } => {
+                self.start_zeroes(id, range, (may_unmap, fast), fua);
             }
             Request::Trim { range, fua } => self.start_trim(id, range, fua),
-            Request::Cache { .. } => self.reply(id, Ok(Answer::Done)),
-            // To come.
-            Request::BlockStatus { .. } => self.reply(id, Err(RequestError::NotSupported)),
+            Request::Cache { range } => self.start_cache(id, range),
+            Request::BlockStatus { range, contexts, one } => {
+                self.start_block_status(id, range, contexts, one);
+            }
             Request::Flush if self.config.read_only => self.reply_flush(id, true),
             Request::Flush => self.request_flush(self.active(), flush::FlushOwner::Client(id)),
         }

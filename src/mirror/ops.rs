@@ -6,7 +6,7 @@
 
 use nix::errno::Errno;
 
-use super::event::{Action, DeviceOp, DeviceOutput, OpId};
+use super::event::{Action, DeviceOp, DeviceOutput, OpId, RequestId};
 use super::slab::Key;
 use super::{Mirror, Work};
 use crate::units::{Nanos, ReplicaSlot};
@@ -20,6 +20,10 @@ pub(super) enum OpOwner {
     Edge(Key, usize),
     /// A client's write.
     Write(Key),
+    /// A client asks where there are holes.
+    Status(Key),
+    /// A client's prefetch.
+    Cache(RequestId),
     /// A region copy asks its source for holes.
     JobProbe(Key),
     /// A region copy reads its source.
@@ -106,6 +110,8 @@ impl Mirror {
             OpOwner::Read(task) => self.read_done(task, slot, result),
             OpOwner::Edge(task, edge) => self.edge_done(task, edge, slot, result),
             OpOwner::Write(task) => self.write_op_done(task, slot, result.map(|_| ())),
+            OpOwner::Status(task) => self.status_asked(task, result),
+            OpOwner::Cache(id) => self.cached(id),
             OpOwner::JobProbe(task) => self.job_probed(task, slot, result),
             OpOwner::JobRead(task) => self.job_read_done(task, slot, result),
             OpOwner::JobWrite(task) => self.job_write_done(task, slot, result.map(|_| ())),

@@ -129,6 +129,22 @@ impl ReadPolicy {
         slot
     }
 
+    /// The candidate (there is one) that a read of `range` would most likely use, without counting as one.
+    pub(super) fn prefer(&self, candidates: ReplicaSet, range: ByteRange) -> ReplicaSlot {
+        let preferred = candidates.difference(self.write_mostly);
+        let candidates = if preferred.is_empty() { candidates } else { preferred };
+        let stream = self.streams.iter().flatten().find(|stream| stream.next_offset == range.offset).copied();
+        self.best(candidates, class_of(range.len), stream)
+    }
+
+    /// The same for a prefetch: a read that begins where `range` does will use it too, while it is not loaded.
+    pub(super) fn choose_for_prefetch(&mut self, candidates: ReplicaSet, range: ByteRange) -> ReplicaSlot {
+        let slot = self.prefer(candidates, range);
+        self.clock += 1;
+        self.remember_stream(ByteRange::new(range.offset, 0), slot);
+        slot
+    }
+
     fn least_latency(&self, candidates: ReplicaSet, class: usize) -> u64 {
         candidates.iter().map(|slot| self.stats[slot.index()].latency_ns[class]).min().unwrap_or(0)
     }

@@ -54,7 +54,8 @@ impl Replica {
 }
 
 /// Device traits of a replica that is not there.
-pub(super) const NO_TRAITS: DeviceTraits = DeviceTraits { device_bytes: 0, io_align: 1, cheap_zero: true };
+pub(super) const NO_TRAITS: DeviceTraits =
+    DeviceTraits { device_bytes: 0, io_align: 1, cheap_zero: true, cheap_allocated_zero: true };
 
 /// How a recorded state shows for a replica that is not active.
 pub(super) fn inactive_state(recorded: MemberState) -> ReplicaState {
@@ -75,6 +76,12 @@ impl Mirror {
     pub(super) fn readable(&self) -> ReplicaSet {
         let good: ReplicaSet = self.in_sync.iter().filter(|slot| !self.replica(*slot).flush_failed).collect();
         if good.is_empty() { self.in_sync } else { good }
+    }
+
+    /// Whether what the replica in `slot` has just read counts: a flush of it may have failed while it was reading, and it may
+    /// have read what was left then. One that is not in sync (a planted bug reads it) is nobody's to judge here.
+    pub(super) fn is_believed(&self, slot: ReplicaSlot) -> bool {
+        !self.in_sync.contains(slot) || self.readable().contains(slot)
     }
 
     /// Members of the volume that take no writes.
@@ -119,6 +126,16 @@ impl Mirror {
     /// Whether every active replica can zero without writing.
     pub(super) fn zeroing_is_cheap(&self) -> bool {
         self.active().iter().all(|slot| self.replica(slot).traits.cheap_zero)
+    }
+
+    /// Whether every active replica can zero a range without writing all of it out, leaving the space allocated where
+    /// it may not be given back.
+    pub(super) fn zeroing_is_fast(&self, may_unmap: bool) -> bool {
+        let fast = |slot| {
+            let traits = &self.replica(slot).traits;
+            if may_unmap { traits.cheap_zero } else { traits.cheap_allocated_zero }
+        };
+        self.active().iter().all(fast)
     }
 
     /// Name of a replica for messages.

@@ -133,6 +133,12 @@ pub struct ClientCounters {
     pub trims: u64,
     /// Writes of zeroes.
     pub zeroes: u64,
+    /// Prefetches.
+    #[serde(default)]
+    pub caches: u64,
+    /// Answers to BLOCK_STATUS.
+    #[serde(default)]
+    pub block_statuses: u64,
     /// Requests answered with an error.
     pub errors: u64,
     /// Requests in flight.

@@ -43,6 +43,8 @@ enum Asked {
     Write,
     Zeroes,
     Trim,
+    /// Zeroes that should have been refused at once (a planted bug).
+    Refused,
 }
 
 /// A block at the edge of a write that the write covers in part: the rest is read first.
@@ -97,9 +99,21 @@ impl Mirror {
         self.begin_write((id, Asked::Write), range, unit, Content::Filling(data), fua);
     }
 
-    /// A client writes zeroes.
-    pub(super) fn start_zeroes(&mut self, id: RequestId, range: ByteRange, may_unmap: bool, fua: bool) {
-        self.begin_write((id, Asked::Zeroes), range, BLOCK_BYTES, Content::Zeroes { may_unmap }, fua);
+    /// A client writes zeroes; `fast`: not at all rather than by writing them out on some replica.
+    pub(super) fn start_zeroes(
+        &mut self,
+        id: RequestId,
+        range: ByteRange,
+        (may_unmap, fast): (bool, bool),
+        fua: bool,
+    ) {
+        let refused = fast && !self.config.read_only && !self.broken && !self.zeroing_is_fast(may_unmap);
+        if refused && !planted(Bug::FastZeroTooLate) {
+            self.reply(id, Err(RequestError::NotSupported));
+            return;
+        }
+        let asked = if refused { Asked::Refused } else { Asked::Zeroes };
+        self.begin_write((id, asked), range, BLOCK_BYTES, Content::Zeroes { may_unmap }, fua);
     }
 
     /// A client trims: whole blocks are zeroed where every replica can do that cheaply, else nothing happens.
@@ -216,6 +230,7 @@ impl Mirror {
         result: Result<DeviceOutput, Errno>,
     ) {
         match result {
+            Ok(DeviceOutput::Read(_)) if !self.is_believed(slot) => self.read_edge(key, index),
             Ok(DeviceOutput::Read(buffer)) => {
                 self.write_task(key).edges[index].content = Some(buffer);
                 self.edge_settled(key);
@@ -427,7 +442,9 @@ impl Mirror {
         if task.result.is_ok() {
             self.count_write(task.asked, task.range.len);
         }
-        self.reply(task.id, task.result.map(|()| Answer::Done));
+        let refused = planted(Bug::FastZeroTooLate) && task.asked == Asked::Refused;
+        let result = if refused { Err(RequestError::NotSupported) } else { task.result };
+        self.reply(task.id, result.map(|()| Answer::Done));
         if let Some(lock) = task.lock {
             self.unlock(lock);
         }
@@ -440,6 +457,7 @@ impl Mirror {
                 self.counters.write_bytes += bytes;
             }
             Asked::Zeroes => self.counters.zeroes += 1,
+            Asked::Refused => {}
             Asked::Trim => self.counters.trims += 1,
         }
     }

@@ -127,6 +127,66 @@ pub fn encode_request(
     request
 }
 
+/// A request with an extended header: as [`encode_request`], with 64 bits of length.
+#[must_use]
+pub fn encode_extended_request(
+    command: u16,
+    flags: u16,
+    cookie: u64,
+    offset: u64,
+    len: u64,
+) -> [u8; wire::EXTENDED_REQUEST_BYTES] {
+    let mut request = [0; wire::EXTENDED_REQUEST_BYTES];
+    request[..4].copy_from_slice(&wire::EXTENDED_REQUEST_MAGIC.to_be_bytes());
+    request[4..6].copy_from_slice(&flags.to_be_bytes());
+    request[6..8].copy_from_slice(&command.to_be_bytes());
+    request[8..16].copy_from_slice(&cookie.to_be_bytes());
+    request[16..24].copy_from_slice(&offset.to_be_bytes());
+    request[24..].copy_from_slice(&len.to_be_bytes());
+    request
+}
+
+/// The head of a chunk of a structured or extended reply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Chunk {
+    /// `CHUNK_FLAG_*` of [`wire`].
+    pub flags: u16,
+    /// `CHUNK_*` of [`wire`].
+    pub kind: u16,
+    /// The request's.
+    pub cookie: u64,
+    /// The request's, where the chunk is extended.
+    pub offset: Option<u64>,
+    /// Bytes of payload that follow.
+    pub payload_bytes: u64,
+}
+
+/// Reads the head of a chunk, and gives what follows it; `None` where there are too few bytes.
+///
+/// # Errors
+/// Where the magic is wrong, or a flag or type is not one of the specification's.
+pub fn parse_chunk(bytes: &[u8], extended: bool) -> Result<Option<(Chunk, &[u8])>, ClientError> {
+    let mut reader = Reader::new(bytes);
+    let expected = if extended { wire::EXTENDED_CHUNK_MAGIC } else { wire::CHUNK_MAGIC };
+    let head_bytes = if extended { wire::EXTENDED_CHUNK_BYTES } else { wire::CHUNK_BYTES };
+    if bytes.len() < head_bytes {
+        return Ok(None);
+    }
+    if reader.u32() != Some(expected) {
+        return Err(ClientError("a chunk has the wrong magic".to_owned()));
+    }
+    let (Some(flags), Some(kind), Some(cookie)) = (reader.u16(), reader.u16(), reader.u64()) else {
+        return Ok(None);
+    };
+    let offset = if extended { reader.u64() } else { None };
+    let payload_bytes = if extended { reader.u64() } else { reader.u32().map(u64::from) };
+    let Some(payload_bytes) = payload_bytes else { return Ok(None) };
+    if flags & !wire::CHUNK_FLAG_DONE != 0 || wire::chunk_name(kind) == "unknown" {
+        return Err(ClientError(format!("a chunk of type {kind:#x} with flags {flags:#x}")));
+    }
+    Ok(Some((Chunk { flags, kind, cookie, offset, payload_bytes }, reader.rest())))
+}
+
 /// Reads a simple reply: the cookie and the error's number (0: success, and a READ's data follows).
 ///
 /// # Errors

@@ -24,10 +24,16 @@
 
 use std::sync::Arc;
 
-use super::export::{BLOCK_BYTES_MIN, BLOCK_BYTES_PREFERRED, Export};
+use self::query::{ContextQuery, InfoQuery};
+use self::reply::{put_ack, put_info, put_refusal, put_reply};
+use super::context::{self, Offered};
+use super::export::{BLOCK_BYTES_MIN, BLOCK_BYTES_PREFERRED, Export, Negotiated, ReplyMode};
 use super::session::Session;
 use super::wire::{self, Reader};
+use crate::extent::{CONTEXTS, ContextSet};
 
+mod query;
+mod reply;
 #[cfg(test)]
 mod tests;
 
@@ -36,13 +42,16 @@ pub const OPTIONS_MAX: u32 = 1000;
 /// Most option data of one handshake, bytes, all options together; a client that announces more is cut off.
 pub const OPTION_BYTES_MAX: u64 = 32 << 20;
 /// Most data kept of one option, bytes: the longest INFO or GO that keeps the protocol's limits (two lengths,
-/// a name, and every count of information requests).
+/// a name, and every count of information requests). For SET_META_CONTEXT it is some thousands of queries.
 pub const OPTION_DATA_BYTES_MAX: usize = 4 + wire::STRING_BYTES_MAX + 2 + 2 * u16::MAX as usize;
 /// Most bytes that one option is answered with: four pieces of information and an acknowledgement, two of
 /// them with a string.
 pub const ANSWER_BYTES_MAX: usize = 5 * wire::OPTION_REPLY_HEADER_BYTES + 64 + 2 * wire::STRING_BYTES_MAX;
 
 const _: () = assert!(OPTION_DATA_BYTES_MAX as u64 <= OPTION_BYTES_MAX);
+const _: () = assert!(
+    ANSWER_BYTES_MAX >= (CONTEXTS + 1) * (wire::OPTION_REPLY_HEADER_BYTES + 4 + context::NAME_BYTES_MAX)
+);
 
 const CLIENT_FLAGS_KNOWN: u32 = wire::CLIENT_FLAG_FIXED_NEWSTYLE | wire::CLIENT_FLAG_NO_ZEROES;
 
@@ -69,6 +78,10 @@ pub struct Handshake {
     pending: Vec<u8>,
     /// The client waived the padding behind EXPORT_NAME.
     no_zeroes: bool,
+    mode: ReplyMode,
+    /// The contexts selected last, and the name of the export that they were selected for.
+    contexts: ContextSet,
+    contexts_of: Vec<u8>,
     stopping: bool,
     options_seen: u32,
     option_bytes_seen: u64,
@@ -132,6 +145,9 @@ impl Handshake {
             stage: Stage::ClientFlags,
             pending: Vec::new(),
             no_zeroes: false,
+            mode: ReplyMode::Simple,
+            contexts: ContextSet::EMPTY,
+            contexts_of: Vec::new(),
             stopping: false,
             options_seen: 0,
             option_bytes_seen: 0,
@@ -255,7 +271,14 @@ impl Handshake {
             // It will be refused, and the only refusal there is for it is to hang up.
             return Some(Step::Close(format!("EXPORT_NAME with a name of {data_bytes} bytes")));
         }
-        let wants_data = matches!(code, wire::OPT_EXPORT_NAME | wire::OPT_INFO | wire::OPT_GO);
+        let wants_data = matches!(
+            code,
+            wire::OPT_EXPORT_NAME
+                | wire::OPT_INFO
+                | wire::OPT_GO
+                | wire::OPT_LIST_META_CONTEXT
+                | wire::OPT_SET_META_CONTEXT
+        );
         let keep = wants_data && data_bytes as usize <= OPTION_DATA_BYTES_MAX;
         self.stage =
             Stage::OptionData(IncomingOption { code, data_bytes, remaining_bytes: data_bytes, keep });
@@ -287,48 +310,57 @@ impl Handshake {
     }
 
     /// Answers an option that has come whole; `data` is empty where it was not kept. `None`: on to the next.
-    fn answer(&self, option: IncomingOption, data: &[u8], out: &mut Vec<u8>) -> Option<Step> {
+    fn answer(&mut self, option: IncomingOption, data: &[u8], out: &mut Vec<u8>) -> Option<Step> {
         let code = option.code;
         match code {
-            wire::OPT_EXPORT_NAME => Some(self.answer_export_name(data, out)),
+            wire::OPT_EXPORT_NAME => return Some(self.answer_export_name(data, out)),
             wire::OPT_ABORT => {
                 // Data has no meaning here and is ignored.
-                put_reply(out, code, wire::REP_ACK, &[]);
-                Some(Step::Close("the client ended the handshake".to_owned()))
+                put_ack(out, code);
+                return Some(Step::Close("the client ended the handshake".to_owned()));
             }
             _ if self.stopping => {
                 put_refusal(out, code, wire::REP_ERR_SHUTDOWN, "the server is stopping: try again later");
-                None
             }
-            wire::OPT_STARTTLS => self.answer_starttls(option, out),
+            wire::OPT_STARTTLS => return self.answer_starttls(option, out),
             _ if self.tls == TlsMode::Required => {
                 put_refusal(out, code, wire::REP_ERR_TLS_REQD, "TLS is required: begin it with STARTTLS");
-                None
             }
-            wire::OPT_LIST if option.data_bytes > 0 => {
-                put_refusal(out, code, wire::REP_ERR_INVALID, "LIST takes no data");
-                None
+            wire::OPT_LIST | wire::OPT_STRUCTURED_REPLY | wire::OPT_EXTENDED_HEADERS
+                if option.data_bytes > 0 =>
+            {
+                put_refusal(out, code, wire::REP_ERR_INVALID, "this option takes no data");
             }
             wire::OPT_LIST => {
                 let name = self.export.name.as_bytes();
                 put_reply(out, code, wire::REP_SERVER, &[&(name.len() as u32).to_be_bytes(), name]);
-                put_reply(out, code, wire::REP_ACK, &[]);
-                None
+                put_ack(out, code);
             }
-            wire::OPT_INFO | wire::OPT_GO if !option.keep => {
-                put_refusal(out, code, wire::REP_ERR_TOO_BIG, "too much data: ask for less at once");
-                None
+            wire::OPT_INFO if option.keep => {
+                let _ = self.answer_info(code, data, out);
             }
-            wire::OPT_INFO => {
-                self.answer_info(code, data, out);
-                None
+            wire::OPT_GO if option.keep => {
+                return self.answer_info(code, data, out).map(|negotiated| self.transmission(negotiated));
             }
-            wire::OPT_GO => self.answer_info(code, data, out).then(|| self.transmission()),
-            _ => {
-                put_refusal(out, code, wire::REP_ERR_UNSUP, "this option is not served: go on without it");
-                None
+            wire::OPT_STRUCTURED_REPLY if self.mode == ReplyMode::Extended => {
+                let message = "extended headers were agreed on, which go further";
+                put_refusal(out, code, wire::REP_ERR_EXT_HEADER_REQD, message);
             }
+            wire::OPT_STRUCTURED_REPLY => {
+                self.mode = ReplyMode::Structured;
+                put_ack(out, code);
+            }
+            wire::OPT_EXTENDED_HEADERS => {
+                self.mode = ReplyMode::Extended;
+                put_ack(out, code);
+            }
+            wire::OPT_LIST_META_CONTEXT | wire::OPT_SET_META_CONTEXT => {
+                self.answer_meta_context(option, data, out);
+            }
+            wire::OPT_INFO | wire::OPT_GO => put_too_big(out, code),
+            _ => put_refusal(out, code, wire::REP_ERR_UNSUP, "this option is not served: go on without it"),
         }
+        None
     }
 
     fn answer_starttls(&self, option: IncomingOption, out: &mut Vec<u8>) -> Option<Step> {
@@ -337,7 +369,7 @@ impl Handshake {
             TlsMode::On => (wire::REP_ERR_INVALID, "TLS is under way already"),
             TlsMode::Off => (wire::REP_ERR_POLICY, "this server does not do TLS: go on without it"),
             TlsMode::Allowed | TlsMode::Required => {
-                put_reply(out, option.code, wire::REP_ACK, &[]);
+                put_ack(out, option.code);
                 return Some(Step::StartTls);
             }
         };
@@ -352,30 +384,41 @@ impl Handshake {
         if self.tls == TlsMode::Required {
             return Step::Close("EXPORT_NAME without TLS, which is required".to_owned());
         }
+        if self.mode == ReplyMode::Extended {
+            // So the extension says: a client that is new enough for the one has no use for the other.
+            return Step::Close("EXPORT_NAME after EXTENDED_HEADERS".to_owned());
+        }
         if !self.export.answers_to(name) {
             return Step::Close(format!("EXPORT_NAME asks for an unknown export ({} bytes)", name.len()));
         }
         out.extend_from_slice(&self.export.size_bytes.to_be_bytes());
-        out.extend_from_slice(&self.export.transmission_flags().to_be_bytes());
+        let negotiated = self.negotiated_for(name);
+        out.extend_from_slice(&self.export.transmission_flags(negotiated).to_be_bytes());
         if !self.no_zeroes {
             out.extend_from_slice(&[0; wire::EXPORT_NAME_PADDING_BYTES]);
         }
-        self.transmission()
+        self.transmission(negotiated)
     }
 
-    /// Answers INFO and the information part of GO, alike; whether the export was granted.
-    fn answer_info(&self, code: u32, data: &[u8], out: &mut Vec<u8>) -> bool {
+    /// What holds for a client that enters under this name: contexts that were selected for another are dropped.
+    fn negotiated_for(&self, name: &[u8]) -> Negotiated {
+        let contexts = if self.contexts_of == name { self.contexts } else { ContextSet::EMPTY };
+        Negotiated { mode: self.mode, contexts }
+    }
+
+    /// Answers INFO and the information part of GO, alike; what holds then, where the export was granted.
+    fn answer_info(&self, code: u32, data: &[u8], out: &mut Vec<u8>) -> Option<Negotiated> {
         let Some(query) = InfoQuery::parse(data) else {
-            put_refusal(out, code, wire::REP_ERR_INVALID, "malformed: lengths and data do not match");
-            return false;
+            put_malformed(out, code);
+            return None;
         };
         if !self.export.answers_to(query.name) {
-            let message = "no such export: ask for the one that LIST names, or for the empty name";
-            put_refusal(out, code, wire::REP_ERR_UNKNOWN, message);
-            return false;
+            put_unknown_export(out, code);
+            return None;
         }
         let export = &*self.export;
-        let flags = export.transmission_flags().to_be_bytes();
+        let negotiated = self.negotiated_for(query.name);
+        let flags = export.transmission_flags(negotiated).to_be_bytes();
         put_info(out, code, wire::INFO_EXPORT, &[&export.size_bytes.to_be_bytes(), &flags]);
         // In this order, each once, however often it was asked for.
         if query.wants(wire::INFO_NAME) {
@@ -389,60 +432,62 @@ impl Handshake {
                 [BLOCK_BYTES_MIN, BLOCK_BYTES_PREFERRED, wire::PAYLOAD_BYTES_MAX].map(u32::to_be_bytes);
             put_info(out, code, wire::INFO_BLOCK_SIZE, &[&sizes[0], &sizes[1], &sizes[2]]);
         }
-        put_reply(out, code, wire::REP_ACK, &[]);
-        true
+        put_ack(out, code);
+        Some(negotiated)
     }
 
-    fn transmission(&self) -> Step {
-        Step::Transmission(Session::new(Arc::clone(&self.export)))
-    }
-}
-
-/// The data of INFO and GO.
-struct InfoQuery<'a> {
-    name: &'a [u8],
-    /// Big-endian 16-bit information types.
-    wanted: &'a [u8],
-}
-
-impl<'a> InfoQuery<'a> {
-    /// `None` where the lengths inside do not add up to the data, or the name is too long.
-    fn parse(data: &'a [u8]) -> Option<Self> {
-        let mut reader = Reader::new(data);
-        let name_bytes = reader.u32()? as usize;
-        if name_bytes > wire::STRING_BYTES_MAX {
-            return None;
+    /// Answers LIST_META_CONTEXT and SET_META_CONTEXT.
+    fn answer_meta_context(&mut self, option: IncomingOption, data: &[u8], out: &mut Vec<u8>) {
+        let code = option.code;
+        let set = code == wire::OPT_SET_META_CONTEXT;
+        if set {
+            // Also where it fails below: the specification says so.
+            (self.contexts, self.contexts_of) = (ContextSet::EMPTY, Vec::new());
         }
-        let name = reader.bytes(name_bytes)?;
-        let wanted_count = reader.u16()? as usize;
-        let wanted = reader.bytes(2 * wanted_count)?;
-        reader.rest().is_empty().then_some(Self { name, wanted })
+        if self.mode == ReplyMode::Simple {
+            put_refusal(out, code, wire::REP_ERR_INVALID, "metadata contexts need structured replies first");
+            return;
+        }
+        if !option.keep {
+            return put_too_big(out, code);
+        }
+        let Some(query) = ContextQuery::parse(data) else { return put_malformed(out, code) };
+        if !self.export.answers_to(query.name) {
+            return put_unknown_export(out, code);
+        }
+        let offered = Offered::new(self.export.replicas);
+        let found = if set {
+            offered.select(query.queries())
+        } else if query.queries().next().is_none() {
+            offered.all()
+        } else {
+            offered.list(query.queries())
+        };
+        for context in found.iter() {
+            let id = if set { context::id(context) } else { 0 };
+            let name = context::name(context);
+            put_reply(out, code, wire::REP_META_CONTEXT, &[&id.to_be_bytes(), name.as_bytes()]);
+        }
+        put_ack(out, code);
+        if set {
+            (self.contexts, self.contexts_of) = (found, query.name.to_vec());
+        }
     }
 
-    fn wants(&self, info: u16) -> bool {
-        self.wanted.chunks_exact(2).any(|bytes| bytes == info.to_be_bytes())
+    fn transmission(&self, negotiated: Negotiated) -> Step {
+        Step::Transmission(Session::new(Arc::clone(&self.export), negotiated))
     }
 }
 
-fn put_reply(out: &mut Vec<u8>, option: u32, kind: u32, parts: &[&[u8]]) {
-    let data_bytes: usize = parts.iter().map(|part| part.len()).sum();
-    out.extend_from_slice(&wire::OPTION_REPLY_MAGIC.to_be_bytes());
-    out.extend_from_slice(&option.to_be_bytes());
-    out.extend_from_slice(&kind.to_be_bytes());
-    out.extend_from_slice(&(data_bytes as u32).to_be_bytes());
-    for part in parts {
-        out.extend_from_slice(part);
-    }
+fn put_malformed(out: &mut Vec<u8>, option: u32) {
+    put_refusal(out, option, wire::REP_ERR_INVALID, "malformed: lengths and data do not match");
 }
 
-fn put_refusal(out: &mut Vec<u8>, option: u32, kind: u32, message: &str) {
-    assert!(kind & wire::REP_ERROR_BIT != 0);
-    put_reply(out, option, kind, &[message.as_bytes()]);
+fn put_too_big(out: &mut Vec<u8>, option: u32) {
+    put_refusal(out, option, wire::REP_ERR_TOO_BIG, "too much data: ask for less at once");
 }
 
-fn put_info(out: &mut Vec<u8>, option: u32, info: u16, parts: &[&[u8]]) {
-    let info = info.to_be_bytes();
-    let mut all: smallvec::SmallVec<[&[u8]; 4]> = smallvec::smallvec![&info[..]];
-    all.extend_from_slice(parts);
-    put_reply(out, option, wire::REP_INFO, &all);
+fn put_unknown_export(out: &mut Vec<u8>, option: u32) {
+    let message = "no such export: ask for the one that LIST names, or for the empty name";
+    put_refusal(out, option, wire::REP_ERR_UNKNOWN, message);
 }

@@ -1,22 +1,22 @@
 //! The NBD protocol, pure: takes bytes in any split, gives bytes. Knows nothing of the mirror.
 //!
 //! ```text
-//!              bytes in                          28-byte request headers
+//!              bytes in                                 request headers
 //!                 │                                        │
 //!  greeting ─► Handshake ── Step::Transmission(Session) ─► Session::parse ─► Command | Refuse | Disconnect
 //!                 │                                        │
-//!                 └─► Step::Close          engine's result ─► Session::encode_reply ─► bytes out
+//!                 ├─► Step::Close        engine's result ─► Session::encode_* ─► bytes out, payloads between
+//!                 └─► Step::StartTls ─► Handshake::inside_tls
 //! ```
 //!
 //! What must hold, whatever a client sends: nothing panics, memory stays bounded, the stream stays in step
 //! or is closed, and every byte sent is well formed (promise 11).
 //!
-//! What a client negotiates lives in [`Session`](session::Session) and nowhere else: a reply style is chosen
-//! in `Session::encode_reply`, a header size and its extra flags in `Session::parse`, an option in one arm of
-//! `Handshake::answer`. That is where structured replies, extended headers, metadata contexts and STARTTLS go.
-//! Today they are unknown options and are refused as such.
+//! What a client has negotiated lives in [`Session`](session::Session) and nowhere else: how requests and replies
+//! look, and which metadata contexts BLOCK_STATUS speaks of.
 
 pub mod client;
+pub mod context;
 pub mod export;
 pub mod handshake;
 pub mod session;

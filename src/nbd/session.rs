@@ -1,58 +1,86 @@
-//! The transmission phase: one request header in, a checked command or a refusal out.
+//! The transmission phase: request headers in, checked commands or refusals out; results in, replies out.
 //!
 //! What must hold:
 //! - A [`Command`] lies within the export, a READ or WRITE within `PAYLOAD_BYTES_MAX`, and a write is to a
-//!   writable export; everything is checked in one place, `validate`.
+//!   writable export; everything is checked in one place, `parse::validate`.
 //! - A refused request is answered like any other, and its payload is skipped, so the stream stays in step.
 //! - What was negotiated is read from here and never guessed again: replies are made by `Session` methods.
 
 use std::sync::Arc;
 
-use super::export::Export;
-use super::wire::{self, NbdError, Reader};
-use crate::planted::{Bug, planted};
+use super::export::{Export, Negotiated, ReplyMode};
+use super::wire::{self, NbdError};
+use crate::extent::ContextSet;
 
+mod encode;
+mod holes;
+mod parse;
 #[cfg(test)]
 mod tests;
 
-/// Longest payload of a refused WRITE that is read and dropped, bytes. Above it the connection is closed:
+pub use encode::{Head, extents_max};
+pub use holes::HOLE_BYTES_MIN;
+
+/// Longest payload of a refused request that is read and dropped, bytes. Above it the connection is closed:
 /// no client sends that in good faith, and following it would cost its length in traffic.
 pub const SKIP_BYTES_MAX: u32 = 64 << 20;
 
 const _: () = assert!(SKIP_BYTES_MAX >= wire::PAYLOAD_BYTES_MAX);
 
-/// A connection past its handshake: what was negotiated, and the export. Cheap to clone.
+/// A connection past its handshake: the export, and what was negotiated. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Session {
     export: Arc<Export>,
+    negotiated: Negotiated,
 }
 
-/// What a request header asks for.
+/// Names a request in its reply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tag {
+    /// The client's name for it.
+    pub cookie: u64,
+    /// The offset that it gave, whatever it means: extended replies repeat it.
+    pub offset: u64,
+}
+
+/// What a request asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Parsed {
     /// Close the connection without a reply: the stream cannot be trusted. The text says why, for the log.
     Close(String),
     /// Finish the requests in flight and send their replies, then close; no reply to this one.
     Disconnect,
-    /// Do this, then reply. The payload of a `Write` follows the header.
+    /// Do this, then reply. The payload of a `Write` follows.
     Command {
         /// Names the request in its reply.
-        cookie: u64,
+        tag: Tag,
         /// What to do.
         command: Command,
     },
     /// Skip the payload, then reply with this error.
     Refuse {
         /// Names the request in its reply.
-        cookie: u64,
+        tag: Tag,
         /// Why.
-        error: NbdError,
-        /// Bytes of payload that follow the header, at most `SKIP_BYTES_MAX`.
+        refusal: Refusal,
+        /// Bytes of payload that follow, at most `SKIP_BYTES_MAX`.
         skip_payload_bytes: u32,
     },
 }
 
-/// A checked request. `offset` and `len` are bytes, `offset + len` is at most the export's size, `len` may be 0.
+/// Why a request is not carried out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// The error's kind.
+    pub error: NbdError,
+    /// A sentence for people; at most `STRING_BYTES_MAX` bytes.
+    pub message: &'static str,
+    /// The first byte concerned, within the request, where there is one.
+    pub at: Option<u64>,
+}
+
+/// A checked request. `offset` and `len` are bytes, `offset + len` is at most the export's size, `len` may be 0 (but for
+/// `BlockStatus`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Command {
     /// Read a range; at most `PAYLOAD_BYTES_MAX`.
@@ -61,6 +89,8 @@ pub enum Command {
         offset: u64,
         /// Number of bytes.
         len: u32,
+        /// In one content chunk.
+        df: bool,
     },
     /// Write the payload of `len` bytes, at most `PAYLOAD_BYTES_MAX`.
     Write {
@@ -76,9 +106,11 @@ pub enum Command {
         /// First byte.
         offset: u64,
         /// Number of bytes.
-        len: u32,
+        len: u64,
         /// Whether the space may be given back (NO_HOLE is clear).
         may_unmap: bool,
+        /// Fail with ENOTSUP unless it is faster than a write.
+        fast: bool,
         /// On stable storage before the reply.
         fua: bool,
     },
@@ -87,28 +119,45 @@ pub enum Command {
         /// First byte.
         offset: u64,
         /// Number of bytes.
-        len: u32,
+        len: u64,
         /// On stable storage before the reply.
         fua: bool,
+    },
+    /// The range will be read soon.
+    Cache {
+        /// First byte.
+        offset: u64,
+        /// Number of bytes.
+        len: u64,
+    },
+    /// Tell of a range by contexts.
+    BlockStatus {
+        /// First byte.
+        offset: u64,
+        /// Number of bytes; not 0.
+        len: u64,
+        /// Which contexts, of those that were selected; not empty.
+        contexts: ContextSet,
+        /// One extent a context.
+        one: bool,
     },
     /// Everything answered so far, on any connection, goes to stable storage.
     Flush,
 }
 
-/// A request as it stands on the wire, its magic checked.
-#[derive(Clone, Copy, Debug)]
-struct Request {
-    flags: u16,
-    kind: u16,
-    offset: u64,
-    len: u32,
+impl Command {
+    /// Whether it changes the volume.
+    #[must_use]
+    pub fn writes(&self) -> bool {
+        matches!(self, Self::Write { .. } | Self::WriteZeroes { .. } | Self::Trim { .. })
+    }
 }
 
 impl Session {
-    /// A session of a client that negotiated nothing beyond the export: compact headers, simple replies.
+    /// A session of a client that has chosen the export and negotiated this.
     #[must_use]
-    pub fn new(export: Arc<Export>) -> Self {
-        Self { export }
+    pub fn new(export: Arc<Export>, negotiated: Negotiated) -> Self {
+        Self { export, negotiated }
     }
 
     /// The export that was chosen.
@@ -117,90 +166,18 @@ impl Session {
         &self.export
     }
 
-    /// Reads and checks one request header.
+    /// What was negotiated.
     #[must_use]
-    pub fn parse(&self, header: &[u8; wire::REQUEST_BYTES]) -> Parsed {
-        let mut reader = Reader::new(header);
-        let (Some(magic), Some(flags), Some(kind)) = (reader.u32(), reader.u16(), reader.u16()) else {
-            unreachable!("a request header holds 28 bytes");
-        };
-        let (Some(cookie), Some(offset), Some(len)) = (reader.u64(), reader.u64(), reader.u32()) else {
-            unreachable!("a request header holds 28 bytes");
-        };
-        if magic != wire::REQUEST_MAGIC {
-            return Parsed::Close(format!("no request magic but {magic:#x}: the client is out of step"));
-        }
-        if kind == wire::CMD_DISC {
-            // Whatever else it says: the client wants to leave.
-            return Parsed::Disconnect;
-        }
-        let error = match validate(&self.export, Request { flags, kind, offset, len }) {
-            Ok(command) => return Parsed::Command { cookie, command },
-            Err(error) => error,
-        };
-        let skip_payload_bytes = if kind == wire::CMD_WRITE { len } else { 0 };
-        if skip_payload_bytes > SKIP_BYTES_MAX {
-            return Parsed::Close(format!("a WRITE of {len} bytes is too long even to be skipped"));
-        }
-        Parsed::Refuse { cookie, error, skip_payload_bytes }
+    pub fn negotiated(&self) -> Negotiated {
+        self.negotiated
     }
 
-    /// The header of the reply to a request. After `Ok` to a READ, its data follows.
+    /// Length of a request's header, bytes.
     #[must_use]
-    pub fn encode_reply(&self, cookie: u64, result: Result<(), NbdError>) -> [u8; wire::SIMPLE_REPLY_BYTES] {
-        encode_simple_reply(cookie, result)
-    }
-}
-
-/// A simple reply: magic, error (0 is success), cookie.
-#[must_use]
-pub fn encode_simple_reply(cookie: u64, result: Result<(), NbdError>) -> [u8; wire::SIMPLE_REPLY_BYTES] {
-    let error = result.map_or_else(NbdError::value, |()| 0);
-    let mut reply = [0; wire::SIMPLE_REPLY_BYTES];
-    reply[..4].copy_from_slice(&wire::SIMPLE_REPLY_MAGIC.to_be_bytes());
-    reply[4..8].copy_from_slice(&error.to_be_bytes());
-    reply[8..].copy_from_slice(&cookie.to_be_bytes());
-    reply
-}
-
-/// Everything that makes a request wrong, in this order: the command, its flags, read-only, its length, its
-/// range. `docs/error-table.md` has the same as a table, and a test compares the two.
-fn validate(export: &Export, request: Request) -> Result<Command, NbdError> {
-    let Request { flags, kind, offset, len } = request;
-    // FUA is fine on every command, also where it does nothing: the specification demands it.
-    let (flags_allowed, writes) = match kind {
-        wire::CMD_READ | wire::CMD_FLUSH => (wire::CMD_FLAG_FUA, false),
-        wire::CMD_WRITE | wire::CMD_TRIM => (wire::CMD_FLAG_FUA, true),
-        wire::CMD_WRITE_ZEROES => (wire::CMD_FLAG_FUA | wire::CMD_FLAG_NO_HOLE, true),
-        _ => return Err(NbdError::Inval),
-    };
-    if flags & !flags_allowed != 0 {
-        return Err(NbdError::Inval);
-    }
-    if writes && export.read_only {
-        return Err(NbdError::Perm);
-    }
-    if kind == wire::CMD_FLUSH {
-        // Both are reserved: a client that sets them means something that this server does not know.
-        return if offset == 0 && len == 0 { Ok(Command::Flush) } else { Err(NbdError::Inval) };
-    }
-    if matches!(kind, wire::CMD_READ | wire::CMD_WRITE) && len > wire::PAYLOAD_BYTES_MAX {
-        return Err(NbdError::Inval);
-    }
-    let in_range = offset.checked_add(u64::from(len)).is_some_and(|end| end <= export.size_bytes);
-    if !in_range && !planted(Bug::RangeNotChecked) {
-        let stores = matches!(kind, wire::CMD_WRITE | wire::CMD_WRITE_ZEROES);
-        return Err(if stores { NbdError::NoSpc } else { NbdError::Inval });
-    }
-    let fua = flags & wire::CMD_FLAG_FUA != 0;
-    Ok(match kind {
-        wire::CMD_READ => Command::Read { offset, len },
-        wire::CMD_WRITE => Command::Write { offset, len, fua },
-        wire::CMD_TRIM => Command::Trim { offset, len, fua },
-        wire::CMD_WRITE_ZEROES => {
-            let may_unmap = flags & wire::CMD_FLAG_NO_HOLE == 0;
-            Command::WriteZeroes { offset, len, may_unmap, fua }
+    pub fn header_bytes(&self) -> usize {
+        match self.negotiated.mode {
+            ReplyMode::Simple | ReplyMode::Structured => wire::REQUEST_BYTES,
+            ReplyMode::Extended => wire::EXTENDED_REQUEST_BYTES,
         }
-        _ => unreachable!("unknown commands were refused above"),
-    })
+    }
 }

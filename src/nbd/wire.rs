@@ -13,6 +13,12 @@ pub const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054;
 pub const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
 /// First in every request with a compact (28-byte) header.
 pub const REQUEST_MAGIC: u32 = 0x2560_9513;
+/// First in every request with an extended (32-byte) header.
+pub const EXTENDED_REQUEST_MAGIC: u32 = 0x21e4_1c71;
+/// First in every chunk of a structured reply.
+pub const CHUNK_MAGIC: u32 = 0x668e_33ef;
+/// First in every chunk of an extended reply.
+pub const EXTENDED_CHUNK_MAGIC: u32 = 0x6e8a_278c;
 /// First in every simple reply.
 pub const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
 
@@ -26,6 +32,12 @@ pub const OPTION_HEADER_BYTES: usize = 16;
 pub const OPTION_REPLY_HEADER_BYTES: usize = 20;
 /// Length of a compact request without its payload, bytes.
 pub const REQUEST_BYTES: usize = 28;
+/// Length of an extended request without its payload, bytes.
+pub const EXTENDED_REQUEST_BYTES: usize = 32;
+/// Length of a structured reply's chunk without its payload, bytes.
+pub const CHUNK_BYTES: usize = 20;
+/// Length of an extended reply's chunk without its payload, bytes.
+pub const EXTENDED_CHUNK_BYTES: usize = 32;
 /// Length of a simple reply without its payload, bytes.
 pub const SIMPLE_REPLY_BYTES: usize = 16;
 /// Zeroes behind the answer to EXPORT_NAME for clients that did not waive them, bytes.
@@ -59,16 +71,37 @@ pub const FLAG_SEND_FUA: u16 = 1 << 3;
 pub const FLAG_SEND_TRIM: u16 = 1 << 5;
 /// Transmission flag: WRITE_ZEROES is served.
 pub const FLAG_SEND_WRITE_ZEROES: u16 = 1 << 6;
+/// Transmission flag: READ takes CMD_FLAG_DF.
+pub const FLAG_SEND_DF: u16 = 1 << 7;
 /// Transmission flag: a FLUSH on one connection covers the writes answered on all.
 pub const FLAG_CAN_MULTI_CONN: u16 = 1 << 8;
+/// Transmission flag: CACHE is served.
+pub const FLAG_SEND_CACHE: u16 = 1 << 10;
+/// Transmission flag: WRITE_ZEROES takes CMD_FLAG_FAST_ZERO.
+pub const FLAG_SEND_FAST_ZERO: u16 = 1 << 11;
+/// Transmission flag: BLOCK_STATUS takes a payload that names contexts.
+pub const FLAG_BLOCK_STATUS_PAYLOAD: u16 = 1 << 12;
 
 /// Command flag: on stable storage before the reply.
 pub const CMD_FLAG_FUA: u16 = 1 << 0;
 /// Command flag of WRITE_ZEROES: the range stays allocated.
 pub const CMD_FLAG_NO_HOLE: u16 = 1 << 1;
+/// Command flag of READ: one content chunk only.
+pub const CMD_FLAG_DF: u16 = 1 << 2;
+/// Command flag of BLOCK_STATUS: one extent a context.
+pub const CMD_FLAG_REQ_ONE: u16 = 1 << 3;
+/// Command flag of WRITE_ZEROES: fail unless it is faster than a WRITE.
+pub const CMD_FLAG_FAST_ZERO: u16 = 1 << 4;
+/// Command flag with extended headers: the header's length is that of a payload.
+pub const CMD_FLAG_PAYLOAD_LEN: u16 = 1 << 5;
+
+/// Chunk flag: the last of its reply.
+pub const CHUNK_FLAG_DONE: u16 = 1 << 0;
 
 /// Bit 31 of an option reply's type: it is an error.
 pub const REP_ERROR_BIT: u32 = 1 << 31;
+/// Bit 15 of a chunk's type: it is an error.
+pub const CHUNK_ERROR_BIT: u16 = 1 << 15;
 
 /// Constants of one kind and the function that names them for logs.
 macro_rules! codes {
@@ -123,6 +156,8 @@ codes! {
         REP_SERVER = 2, "SERVER";
         /// A piece of information about an export.
         REP_INFO = 3, "INFO";
+        /// A metadata context.
+        REP_META_CONTEXT = 4, "META_CONTEXT";
         /// The option is not known.
         REP_ERR_UNSUP = REP_ERROR_BIT | 1, "ERR_UNSUP";
         /// The option is not allowed.
@@ -141,6 +176,8 @@ codes! {
         REP_ERR_BLOCK_SIZE_REQD = REP_ERROR_BIT | 8, "ERR_BLOCK_SIZE_REQD";
         /// The option's data is too long.
         REP_ERR_TOO_BIG = REP_ERROR_BIT | 9, "ERR_TOO_BIG";
+        /// Extended headers first, or instead.
+        REP_ERR_EXT_HEADER_REQD = REP_ERROR_BIT | 10, "ERR_EXT_HEADER_REQD";
     }
 }
 
@@ -179,6 +216,26 @@ codes! {
         CMD_BLOCK_STATUS = 7, "BLOCK_STATUS";
         /// Change the size.
         CMD_RESIZE = 8, "RESIZE";
+    }
+}
+
+codes! {
+    /// The specification's name of a chunk's type without its prefix; "unknown" where it has none.
+    chunk_name: u16 {
+        /// Nothing besides the header.
+        CHUNK_NONE = 0, "NONE";
+        /// Bytes that were read.
+        CHUNK_OFFSET_DATA = 1, "OFFSET_DATA";
+        /// Zeroes that were read.
+        CHUNK_OFFSET_HOLE = 2, "OFFSET_HOLE";
+        /// Extents of one context, 32 bits each.
+        CHUNK_BLOCK_STATUS = 5, "BLOCK_STATUS";
+        /// Extents of one context, 64 bits each.
+        CHUNK_BLOCK_STATUS_EXT = 6, "BLOCK_STATUS_EXT";
+        /// An error.
+        CHUNK_ERROR = CHUNK_ERROR_BIT | 1, "ERROR";
+        /// An error, and where.
+        CHUNK_ERROR_OFFSET = CHUNK_ERROR_BIT | 2, "ERROR_OFFSET";
     }
 }
 

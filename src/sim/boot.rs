@@ -92,10 +92,12 @@ impl World {
         let mut disk = Disk::new(bytes);
         disk.set_meta_from(bytes - Layout::metadata_bytes(self.regions()));
         let path = format!("disk-{}", self.next_disk());
+        let cheap_zero = self.rng.coin();
+        let cheap_allocated_zero = cheap_zero && self.rng.coin();
         self.disks.push(SimDisk {
             disk,
             path,
-            traits: DeviceTraits { device_bytes: bytes, io_align, cheap_zero: self.rng.coin() },
+            traits: DeviceTraits { device_bytes: bytes, io_align, cheap_zero, cheap_allocated_zero },
             gone: false,
             full: false,
             unseen_error: false,

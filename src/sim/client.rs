@@ -3,11 +3,12 @@
 use std::sync::Arc;
 
 use crate::buffer::Payload;
+use crate::extent::{ContextSet, StatusContext};
 use crate::mirror::event::{Answer, Event, Request, RequestError, RequestId};
-use crate::nbd::export::Export;
+use crate::nbd::export::{Export, Negotiated};
 use crate::nbd::session::{Command, Parsed, Session};
 use crate::nbd::wire::{PAYLOAD_BYTES_MAX, REQUEST_BYTES, REQUEST_MAGIC};
-use crate::units::{BLOCK_BYTES, ByteRange};
+use crate::units::{BLOCK_BYTES, ByteRange, ReplicaSet};
 
 use super::counts::RequestKind;
 use super::disk::FlushMark;
@@ -36,6 +37,10 @@ pub enum Asked {
     Trim,
     /// A flush.
     Flush,
+    /// What is known of a range.
+    Status,
+    /// A prefetch.
+    Cache,
 }
 
 /// A request that is not answered yet.
@@ -54,6 +59,14 @@ pub struct Pending {
     pub begin: u64,
     /// For a flush: what it covers on each disk.
     pub marks: Vec<FlushMark>,
+    /// For a status: which contexts, and whether just one extent.
+    pub question: (ContextSet, bool),
+    /// For zeroes that are to be fast or not at all: whether the space may be given back.
+    pub fast: Option<bool>,
+    /// It was sent to a volume that was open.
+    pub was_open: bool,
+    /// For these: some replica has no such way, as it stands now.
+    pub must_refuse: bool,
 }
 
 impl Asked {
@@ -92,7 +105,16 @@ impl World {
             self.wake_in(1 + self.plan.think_ns, Wake::Client(client));
             return self.promise_11_hostile_request();
         }
-        let asked = self.choose();
+        // Where copies may differ there is more to be got wrong.
+        let status = self.plan.mix.status;
+        let status = if status > 0 && self.is_unsynced() { 300 } else { status };
+        let asked = if self.rng.per_mille(status) {
+            Asked::Status
+        } else if self.rng.per_mille(self.plan.mix.cache) {
+            Asked::Cache
+        } else {
+            self.choose()
+        };
         let range = self.choose_range(client, asked);
         let fua = matches!(asked, Asked::Write | Asked::Zero | Asked::Trim)
             && self.rng.per_mille(self.plan.mix.fua);
@@ -117,7 +139,8 @@ impl World {
         let volume = self.plan.volume_bytes;
         let (unit, len_max, whole) = (self.plan.mix.unit, self.plan.mix.len_max, self.plan.mix.whole);
         let rng = &mut self.rng;
-        if matches!(asked, Asked::Zero | Asked::Trim) && rng.per_mille(whole) {
+        let whole = if asked == Asked::Status { 300 } else { whole };
+        if matches!(asked, Asked::Zero | Asked::Trim | Asked::Status) && rng.per_mille(whole) {
             return ByteRange::new(0, volume);
         }
         if rng.per_mille(5) {
@@ -151,6 +174,8 @@ impl World {
             Asked::Zero => RequestKind::Zeroes,
             Asked::Trim => RequestKind::Trim,
             Asked::Flush => RequestKind::Flush,
+            Asked::Status => RequestKind::Status,
+            Asked::Cache => RequestKind::Cache,
         };
         let kinds = [
             (true, kind),
@@ -165,6 +190,28 @@ impl World {
         kinds.into_iter().filter(|(so, _)| *so).for_each(|(_, kind)| self.counts.request(kind));
     }
 
+    /// What else there is to be chosen: contexts and whether just one extent; may unmap; fast.
+    fn details(&mut self, asked: Asked) -> ((ContextSet, bool), bool, bool) {
+        let rng = &mut self.rng;
+        match asked {
+            Asked::Zero => {
+                let (may_unmap, fast) = (rng.coin(), rng.per_mille(self.plan.mix.fast));
+                fast.then(|| self.counts.request(RequestKind::FastZeroes));
+                ((ContextSet::EMPTY, false), may_unmap, fast)
+            }
+            Asked::Status => {
+                let most = rng.coin();
+                let mut contexts: ContextSet =
+                    StatusContext::all().filter(|_| most || rng.per_mille(300)).collect();
+                contexts.insert(rng.pick(&[StatusContext::Allocation, StatusContext::State]));
+                let one = rng.per_mille(200);
+                one.then(|| self.counts.request(RequestKind::StatusOne));
+                ((contexts, one), false, false)
+            }
+            _ => ((ContextSet::EMPTY, false), false, false),
+        }
+    }
+
     /// A client sends a request.
     pub(super) fn send(&mut self, client: usize, asked: Asked, range: ByteRange, fua: bool) -> Checked {
         let id = self.fresh_id();
@@ -174,7 +221,12 @@ impl World {
             let fua = if fua { " FUA" } else { "" };
             format!("client {client}: request {id}: {asked:?}{fua} {}+{}", range.offset, range.len)
         });
+        let (question, may_unmap, fast) = self.details(asked);
         let Some(daemon) = &self.daemon else { return Ok(()) };
+        let fast_how = fast.then_some(may_unmap);
+        let was_open = daemon.mirror.is_open();
+        let must_refuse =
+            was_open && !self.read_only && fast_how.is_some_and(|may_unmap| self.zeroes_slowly(may_unmap));
         let request = match asked {
             Asked::Read => Request::Read { range },
             Asked::Write => {
@@ -182,12 +234,15 @@ impl World {
                 value.fill(range.offset, data.bytes_mut());
                 Request::Write { offset: range.offset, data, fua }
             }
-            Asked::Zero => Request::WriteZeroes { range, may_unmap: self.rng.coin(), fast: false, fua },
+            Asked::Zero => Request::WriteZeroes { range, may_unmap, fast, fua },
             Asked::Trim => Request::Trim { range, fua },
             Asked::Flush => Request::Flush,
+            Asked::Status => Request::BlockStatus { range, contexts: question.0, one: question.1 },
+            Asked::Cache => Request::Cache { range },
         };
         let begin = match asked {
-            Asked::Read => self.oracle.read_begin(),
+            Asked::Read | Asked::Status => self.oracle.read_begin(),
+            Asked::Cache => 0,
             Asked::Flush => self.oracle.flush_begin(),
             // A write to a volume served read-only never happens: the oracle does not hear of it.
             Asked::Write | Asked::Zero | Asked::Trim if self.read_only => 0,
@@ -198,7 +253,19 @@ impl World {
             _ => vec![],
         };
         if let Some(daemon) = &mut self.daemon {
-            let pending = Pending { client, asked, range, value, fua, begin, marks };
+            let pending = Pending {
+                client,
+                asked,
+                range,
+                value,
+                fua,
+                begin,
+                marks,
+                question,
+                fast: fast_how,
+                was_open,
+                must_refuse,
+            };
             daemon.requests.insert(id, pending);
         }
         self.clients[client].in_flight += 1;
@@ -215,6 +282,7 @@ impl World {
             description: String::new(),
             size_bytes: volume,
             read_only: self.read_only,
+            replicas: ReplicaSet::EMPTY,
         };
         let rng = &mut self.rng;
         let near = |rng: &mut Rng, at: u64| at.wrapping_add(rng.between(0, 8192)).wrapping_sub(4096);
@@ -238,12 +306,13 @@ impl World {
         header[16..24].copy_from_slice(&offset.to_be_bytes());
         header[24..].copy_from_slice(&len.to_be_bytes());
         let end = u128::from(offset) + u128::from(len);
-        match Session::new(Arc::new(export)).parse(&header) {
-            Parsed::Command { command: Command::Flush, .. } => Ok(()),
-            Parsed::Command { command, .. } if end > u128::from(volume) => {
+        let parsed = Session::new(Arc::new(export), Negotiated::default()).parse(&header);
+        match parsed.map(|(parsed, _)| parsed) {
+            Some(Parsed::Command { command: Command::Flush, .. }) => Ok(()),
+            Some(Parsed::Command { command, .. }) if end > u128::from(volume) => {
                 violated("promise_11_bad_input", format!("{command:?} leaves the volume and is let through"))
             }
-            Parsed::Command { command, .. } if self.read_only && !matches!(command, Command::Read { .. }) => {
+            Some(Parsed::Command { command, .. }) if self.read_only && command.writes() => {
                 violated("promise_11_bad_input", format!("{command:?} is let through to a read-only volume"))
             }
             _ => Ok(()),
@@ -265,7 +334,9 @@ impl World {
         let think = self.rng.between(1, 2 * self.plan.think_ns);
         self.wake_in(think, Wake::Client(pending.client));
         match result {
+            Ok(Answer::Status(answer)) => self.judge_status(id.0, &pending, &answer),
             Ok(answer) => self.judge_success(id.0, &pending, answer.data()),
+            Err(RequestError::NotSupported) => self.judge_refusal(id.0, &pending),
             Err(error) => self.judge_failure(id.0, &pending, error),
         }
     }
@@ -285,6 +356,12 @@ impl World {
                 }
                 self.promise_5_one_answer(id, pending, &data)
             }
+            Asked::Cache => Ok(()),
+            Asked::Status if pending.range.is_empty() => {
+                self.oracle.read_failed(pending.begin);
+                Ok(())
+            }
+            Asked::Status => violated("protocol", format!("status {id} is answered without extents")),
             Asked::Flush if self.read_only => Ok(()), // it flushes nothing: nothing was written
             Asked::Flush => {
                 self.oracle.flush_end(pending.begin, true);
@@ -292,6 +369,9 @@ impl World {
             }
             _ if self.read_only => {
                 violated("promise_11_bad_input", format!("write {id} to a read-only volume"))
+            }
+            _ if pending.must_refuse => {
+                violated("protocol", format!("zeroing {id} is fast though a replica has no such way"))
             }
             Asked::Write | Asked::Zero | Asked::Trim => {
                 let outcome = if pending.asked == Asked::Trim {
@@ -307,8 +387,12 @@ impl World {
     }
 
     fn judge_failure(&mut self, id: u64, pending: &Pending, error: RequestError) -> Checked {
+        if matches!(pending.asked, Asked::Status | Asked::Cache) && error != RequestError::Stopping {
+            return violated("protocol", format!("request {id} ({:?}) failed: {error}", pending.asked));
+        }
         match pending.asked {
-            Asked::Read => self.oracle.read_failed(pending.begin),
+            Asked::Cache => {}
+            Asked::Read | Asked::Status => self.oracle.read_failed(pending.begin),
             Asked::Flush => self.oracle.flush_end(pending.begin, false),
             Asked::Write | Asked::Zero | Asked::Trim => {
                 self.oracle.write_end(pending.value, pending.begin, Outcome::Maybe);

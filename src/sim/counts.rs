@@ -40,6 +40,8 @@ counted! {
         FlushError => "flush_error",
         /// A flush failed and the disk forgot what it was to flush; it succeeds when asked again.
         FlushLosesCache => "flush_loses_cache",
+        /// And reads showed it at once.
+        FlushTurnsBack => "flush_turns_back",
         /// A flush failed for what an earlier daemon had not lived to hear of.
         LateFlushError => "late_flush_error",
         /// An operation hung for seconds.
@@ -128,6 +130,18 @@ counted! {
         Empty => "empty",
         /// A write to a volume served read-only.
         WriteReadOnly => "write_to_read_only",
+        /// Zeroes, fast or not at all.
+        FastZeroes => "fast_zeroes",
+        /// The same, refused.
+        FastRefused => "fast_zeroes_refused",
+        /// A question for the status.
+        Status => "block_status",
+        /// The same, of one extent.
+        StatusOne => "block_status_one",
+        /// It was answered with a hole.
+        HoleShown => "hole_shown",
+        /// A prefetch.
+        Cache => "cache",
         /// Out of range, or otherwise wrong.
         Hostile => "hostile",
     }

@@ -8,13 +8,14 @@
 use nix::errno::Errno;
 
 use crate::buffer::Buffer;
-use crate::extent::Extent;
+use crate::extent::{ALLOCATION_HOLE, ALLOCATION_ZERO, Extent, push_extent};
 use crate::mirror::event::{DeviceOp, DeviceOutput, Event, OpId};
 use crate::units::{BLOCK_BYTES, ByteRange, ReplicaSlot, SECOND_NS};
 
 use super::client::Pending;
 use super::counts::{DeviceKind, FaultKind};
-use super::disk::{FlushMark, WriteSeq};
+use super::disk::{Disk, FlushMark, WriteSeq};
+use super::rng::Rng;
 use super::world::{Checked, OpKey, Wake, World, op_key, violated};
 
 /// What the operation does, with what it needs.
@@ -40,8 +41,8 @@ pub enum Kind {
     ProbeHole,
     /// Warm up: nothing happens.
     Cache,
-    /// Look for holes.
-    Allocation,
+    /// Look for holes: what was found.
+    Allocation(Vec<Extent>),
 }
 
 /// A device operation in flight.
@@ -68,7 +69,7 @@ impl Op {
     /// Whether it neither reads nor writes: a flush, a question for holes, a prefetch.
     #[must_use]
     pub fn is_question_or_flush(&self) -> bool {
-        matches!(self.kind, Kind::Flush(_) | Kind::ProbeHole | Kind::Cache | Kind::Allocation)
+        matches!(self.kind, Kind::Flush(_) | Kind::ProbeHole | Kind::Cache | Kind::Allocation(_))
     }
 
     /// The byte that it writes at `at` from its beginning.
@@ -101,7 +102,7 @@ impl Op {
             Kind::Flush(_) => DeviceKind::Flush,
             Kind::ProbeHole => DeviceKind::Probe,
             Kind::Cache => DeviceKind::Cache,
-            Kind::Allocation => DeviceKind::Allocation,
+            Kind::Allocation(_) => DeviceKind::Allocation,
         }
     }
 
@@ -116,9 +117,27 @@ impl Op {
             Kind::Flush(_) => "flush".to_owned(),
             Kind::ProbeHole => format!("probe {at}+{len}"),
             Kind::Cache => format!("cache {at}+{len}"),
-            Kind::Allocation => format!("allocation {at}+{len}"),
+            Kind::Allocation(_) => format!("allocation {at}+{len}"),
         }
     }
+}
+
+/// Where `range` has holes by the disk's word: it may call a hole data, and say less than it was asked for.
+fn survey(disk: &Disk, range: ByteRange, rng: &mut Rng) -> Vec<Extent> {
+    let mut extents = Vec::new();
+    let mut at = range.offset;
+    let ends = disk.present_blocks(range).map(|block| (block * BLOCK_BYTES, (block + 1) * BLOCK_BYTES));
+    for (start, end) in ends.chain([(range.end(), range.end())]) {
+        let (start, end) = (start.max(at), end.min(range.end()));
+        let flags = if rng.per_mille(100) { 0 } else { ALLOCATION_HOLE | ALLOCATION_ZERO };
+        push_extent(&mut extents, start - at, flags);
+        push_extent(&mut extents, end - start, 0);
+        at = end;
+    }
+    if rng.per_mille(100) {
+        extents.truncate(rng.between(1, 4) as usize);
+    }
+    extents
 }
 
 /// A disk that is slow for a while is this many times slower.
@@ -177,7 +196,7 @@ impl World {
             DeviceOp::Flush => (ByteRange::new(0, 0), Kind::Flush(target.flush_mark())),
             DeviceOp::ProbeHole { offset, len } => (ByteRange::new(offset.0, len), Kind::ProbeHole),
             DeviceOp::Cache { offset, len } => (ByteRange::new(offset.0, len), Kind::Cache),
-            DeviceOp::Allocation { offset, len } => (ByteRange::new(offset.0, len), Kind::Allocation),
+            DeviceOp::Allocation { offset, len } => (ByteRange::new(offset.0, len), Kind::Allocation(vec![])),
         };
         Op { slot, disk, range, kind, result: None }
     }
@@ -186,7 +205,7 @@ impl World {
         let align = match op.kind {
             Kind::Read(_) | Kind::Write { .. } => u64::from(self.disks[op.disk].traits.io_align),
             Kind::Zero(_) => BLOCK_BYTES,
-            Kind::Flush(_) | Kind::ProbeHole | Kind::Cache | Kind::Allocation => return Ok(()),
+            Kind::Flush(_) | Kind::ProbeHole | Kind::Cache | Kind::Allocation(_) => return Ok(()),
         };
         let fits = op.range.end() <= self.disks[op.disk].disk.bytes() && !op.range.is_empty();
         if op.writes() && (self.read_only || self.disks[op.disk].foreign) {
@@ -256,7 +275,8 @@ impl World {
             }
             Kind::Zero(seq) => disk.apply_zero(*seq, op.range, |_| true),
             Kind::Flush(mark) => disk.flush(mark),
-            Kind::Cache | Kind::Allocation => {}
+            Kind::Cache => {}
+            Kind::Allocation(extents) => *extents = survey(disk, op.range, &mut self.rng),
             Kind::ProbeHole => return disk.is_hole(op.range) && (self.manual || self.rng.per_mille(900)),
         }
         false
@@ -294,7 +314,7 @@ impl World {
         match &op.kind {
             Kind::Write { data, seq, .. } => disk.apply(*seq, op.range.offset, data, &mut keep),
             Kind::Zero(seq) => disk.apply_zero(*seq, op.range, &mut keep),
-            Kind::Read(_) | Kind::Flush(_) | Kind::ProbeHole | Kind::Cache | Kind::Allocation => {}
+            Kind::Read(_) | Kind::Flush(_) | Kind::ProbeHole | Kind::Cache | Kind::Allocation(_) => {}
         }
     }
 
@@ -309,6 +329,18 @@ impl World {
         self.land(&mut op, landing);
     }
 
+    /// A flush that lost what it was to flush may end with the pages dropped. Where another replica is in sync and well,
+    /// nobody may read that: whoever hears of the failure answers from the other one.
+    fn turn_back(&mut self, op: &Op) {
+        let flush_failed = matches!(op.kind, Kind::Flush(_)) && op.result == Some(Err(Errno::EIO));
+        let rates = &self.plan.faults;
+        let turns_back = rates.flush_loses && rates.flush_turns_back && self.plan.within_model;
+        if flush_failed && turns_back && self.in_sync_disks().iter().any(|disk| *disk != op.disk) {
+            self.disks[op.disk].disk.turn_back();
+            self.counts.fault(FaultKind::FlushTurnsBack);
+        }
+    }
+
     /// An operation is answered.
     pub(super) fn complete_op(&mut self, key: OpKey) -> Checked {
         let Some(op) = self.daemon.as_mut().and_then(|daemon| daemon.ops.remove(&key)) else {
@@ -318,6 +350,7 @@ impl World {
         if let Kind::Write { seq, .. } | Kind::Zero(seq) = &op.kind {
             self.disks[op.disk].disk.complete_write(*seq);
         }
+        self.turn_back(&op);
         if let Kind::Write { data, payload, .. } = &op.kind
             && payload.bytes() != data
         {
@@ -328,7 +361,7 @@ impl World {
             Ok(hole) => Ok(match op.kind {
                 Kind::Read(Some(buffer)) => DeviceOutput::Read(buffer),
                 Kind::ProbeHole => DeviceOutput::Hole(hole),
-                Kind::Allocation => DeviceOutput::Allocation(vec![Extent { len: op.range.len, flags: 0 }]),
+                Kind::Allocation(extents) => DeviceOutput::Allocation(extents),
                 _ => DeviceOutput::Done,
             }),
         };

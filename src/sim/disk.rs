@@ -76,6 +76,8 @@ pub struct Disk {
     lost: BTreeMap<u64, (u8, u64)>,
     /// The same, of all lives since the last power cut.
     ever_lost: BTreeMap<u64, u8>,
+    /// Reads have turned back where `lost` says.
+    turned_back: bool,
 }
 
 impl Disk {
@@ -95,6 +97,7 @@ impl Disk {
             changes: 0,
             lost: BTreeMap::new(),
             ever_lost: BTreeMap::new(),
+            turned_back: false,
         }
     }
 
@@ -188,6 +191,12 @@ impl Disk {
         self.history.entry(block).or_default().push(Version { write: write.0, sectors, content });
     }
 
+    /// The blocks in `range` that are no holes in the cached view, in order.
+    pub fn present_blocks(&self, range: ByteRange) -> impl Iterator<Item = u64> {
+        let blocks = range.offset / BLOCK_BYTES..range.end().div_ceil(BLOCK_BYTES);
+        self.cached.range(blocks).map(|(block, _)| *block)
+    }
+
     /// Fills `out` from the cached view.
     pub fn read(&self, offset: u64, out: &mut [u8]) {
         assert!(offset + out.len() as u64 <= self.bytes, "a read past the end of the disk");
@@ -221,6 +230,28 @@ impl Disk {
     /// flush succeeds, a power cut shows the old content.
     pub fn lose_cache(&mut self, mark: &FlushMark) {
         self.settle(|write| mark.covers(write), false);
+    }
+
+    /// The page cache drops what a failed flush lost in this life of the daemon: reads turn back to what is durable, but
+    /// for what was written since.
+    pub fn turn_back(&mut self) {
+        for (block, (mask, _)) in &self.lost {
+            let newer = self.history.get(block).into_iter().flatten();
+            let sectors = newer.fold(*mask, |sectors, version| sectors & !version.sectors);
+            put_sectors(&mut self.cached, *block, sectors, self.durable.get(block));
+            if let Some(lost) = self.ever_lost.get_mut(block) {
+                *lost &= !sectors;
+            }
+            self.turned_back |= sectors != 0;
+        }
+        self.changes += 1;
+    }
+
+    /// Whether reads under `limit` bytes have turned back and nothing was written there since.
+    #[must_use]
+    pub fn has_turned_back(&self, limit: u64) -> bool {
+        let mut lost = self.lost.range(..limit.div_ceil(BLOCK_BYTES));
+        self.turned_back && lost.any(|(_, (mask, _))| *mask != 0)
     }
 
     /// One write becomes durable by itself.
@@ -292,6 +323,7 @@ impl Disk {
         }
         self.cached = self.durable.clone();
         self.lost.clear();
+        self.turned_back = false;
         self.ever_lost.clear();
         self.open.clear();
         self.meta_epoch += 1;
@@ -301,6 +333,7 @@ impl Disk {
     /// failed flush lost is known to nobody any more.
     pub fn process_killed(&mut self) {
         self.lost.clear();
+        self.turned_back = false;
         self.open.clear();
     }
 
@@ -315,6 +348,7 @@ impl Disk {
         self.durable = image.clone();
         self.cached = image;
         self.lost.clear();
+        self.turned_back = false;
         self.ever_lost.clear();
         self.history.clear();
         self.open.clear();
@@ -496,6 +530,23 @@ mod tests {
         assert_eq!(first_difference(disk.durable_image(), disk.image(), 65536), Some(0));
         disk.power_cut(&mut Rng::new(1), CutMode::KeepAll);
         assert_eq!(byte(&disk, 9), 0);
+    }
+
+    #[test]
+    fn a_dropped_cache_reads_old_at_once_but_for_what_was_written_since() {
+        let mut disk = Disk::new(65536);
+        write(&mut disk, 0, 1, 8192);
+        disk.flush(&disk.flush_mark());
+        write(&mut disk, 0, 2, 4096);
+        let mark = disk.flush_mark();
+        write(&mut disk, 512, 3, 512);
+        disk.lose_cache(&mark);
+        disk.turn_back();
+        assert_eq!([0, 512, 1024, 4096].map(|at| byte(&disk, at)), [1, 3, 1, 1]);
+        assert!(disk.has_turned_back(65536) && disk.unflushed_before(&disk.flush_mark(), 65536).is_some());
+        write(&mut disk, 0, 4, 4096);
+        disk.flush(&disk.flush_mark());
+        assert!(!disk.has_turned_back(65536) && byte(&disk, 0) == 4);
     }
 
     #[test]

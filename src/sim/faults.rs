@@ -225,10 +225,10 @@ impl World {
         };
         let rates = &self.plan.faults;
         let (per_mille, kind) = match op.kind {
-            Kind::Read(_) => (rates.read_error, FaultKind::ReadError),
+            Kind::Read(_) | Kind::Cache | Kind::Allocation(_) => (rates.read_error, FaultKind::ReadError),
             Kind::Write { .. } | Kind::Zero(_) => (rates.write_error, FaultKind::WriteError),
             Kind::Flush(_) => (rates.flush_error, FaultKind::FlushError),
-            Kind::ProbeHole | Kind::Cache | Kind::Allocation => return None,
+            Kind::ProbeHole => return None,
         };
         (self.chaos && aimed && self.rng.per_mille(per_mille)).then_some((Errno::EIO, kind))
     }
@@ -239,7 +239,7 @@ impl World {
             Kind::Read(_) => (FailNext::Read, FaultKind::ReadError),
             Kind::Write { .. } | Kind::Zero(_) => (FailNext::Write, FaultKind::WriteError),
             Kind::Flush(_) => (FailNext::Flush, FaultKind::FlushError),
-            Kind::ProbeHole | Kind::Cache | Kind::Allocation => return None,
+            Kind::ProbeHole | Kind::Cache | Kind::Allocation(_) => return None,
         };
         let waits = self.next_fails.iter().position(|fail| *fail == (op.disk, next))?;
         self.next_fails.remove(waits);

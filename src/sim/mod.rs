@@ -25,6 +25,7 @@ pub mod rng;
 pub mod run;
 pub mod small;
 pub mod status_check;
+mod status_extents;
 pub mod steps;
 pub mod swarm;
 pub mod world;

@@ -188,6 +188,14 @@ impl Oracle {
         now
     }
 
+    /// It was refused: it never was.
+    pub fn write_refused(&mut self, value: Value) {
+        let Some(range) = self.in_flight.remove(&value) else { return };
+        for cell in self.cells_in(range) {
+            cell.entries.retain(|entry| entry.value != value);
+        }
+    }
+
     /// It is answered.
     pub fn write_end(&mut self, value: Value, begin: u64, outcome: Outcome) {
         let now = self.now();
@@ -240,6 +248,27 @@ impl Oracle {
             at = piece_end;
         }
         self.reads.remove(&begin);
+        Ok(())
+    }
+
+    /// A client was told that `range` reads as zeroes, having asked at `begin`. Decides like a read; more of it may
+    /// follow until `read_failed` ends it.
+    ///
+    /// # Errors
+    /// What was told, and what might have been.
+    pub fn zeroes_seen(&mut self, range: ByteRange, begin: u64) -> Result<(), String> {
+        let now = self.now();
+        let mut at = range.offset;
+        while at < range.end() {
+            let end = self.cell_end(at).min(range.end());
+            // A few bytes of a value may be zeroes by chance.
+            let zeroes = [0; 16];
+            let few = zeroes.get(..(end - at) as usize);
+            let matches = |value: Value| value.zero || few.is_some_and(|few| value.matches(at, few));
+            self.judge(ByteRange::new(at, end - at), begin, now, matches)
+                .map_err(|allowed| self.explain(at, &[0; 8], &allowed))?;
+            at = end;
+        }
         Ok(())
     }
 
@@ -368,13 +397,7 @@ impl Oracle {
             } else {
                 let next = image.range(block..).next().map_or(NEVER, |(block, _)| block * BLOCK_BYTES);
                 let end = cell_end.min(next);
-                let now = self.now();
-                // A few bytes of a value may be zeroes by chance.
-                let zeroes = [0; 16];
-                let few = zeroes.get(..(end - at) as usize);
-                let matches = |value: Value| value.zero || few.is_some_and(|few| value.matches(at, few));
-                self.judge(ByteRange::new(at, end - at), begin, now, matches)
-                    .map_err(|allowed| self.explain(at, &[0; 8], &allowed))?;
+                self.zeroes_seen(ByteRange::new(at, end - at), begin)?;
                 at = end;
             }
         }

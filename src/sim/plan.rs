@@ -17,6 +17,8 @@ pub struct FaultRates {
     pub flush_error: u64,
     /// A failed flush also loses what it was to flush.
     pub flush_loses: bool,
+    /// And reads show that as soon as the daemon hears of it (else a power cut does).
+    pub flush_turns_back: bool,
     /// Operations that hang for seconds and then end, per mille.
     pub hang: u64,
     /// The daemon is killed.
@@ -72,6 +74,12 @@ pub struct Mix {
     pub whole: u64,
     /// Wrong or hostile requests, per mille.
     pub hostile: u64,
+    /// Questions for the status, per mille.
+    pub status: u64,
+    /// Prefetches, per mille.
+    pub cache: u64,
+    /// Zeroes that are to be fast or not at all, per mille of zeroes.
+    pub fast: u64,
 }
 
 /// One seed's world.
@@ -125,6 +133,8 @@ impl Plan {
         let cut = rng.below(region_bytes / BLOCK_BYTES) * BLOCK_BYTES;
         let volume_bytes = (regions * region_bytes - cut).max(BLOCK_BYTES);
         let within_model = rng.per_mille(650);
+        // Drawn apart: the other draws stay what they were before there was this one.
+        let flush_turns_back = Rng::new(seed ^ 0x7475_726e_6261_636b).coin();
         Self {
             seed,
             volume_bytes,
@@ -138,7 +148,7 @@ impl Plan {
             latency_ns: rng.pick(&[20_000, 100_000, 2_000_000]),
             slow_factor: rng.pick(&[1, 1, 10]),
             within_model,
-            faults: FaultRates::draw(&mut rng, replicas, within_model),
+            faults: FaultRates { flush_turns_back, ..FaultRates::draw(&mut rng, replicas, within_model) },
             write_mostly: rng.pick(&[0, 0, 300, 1000]),
             intent_idle_ns: rng.pick(&[5, 50, 500, 5000]) * MILLISECOND_NS,
             resync_jobs_max: rng.between(1, 6) as usize,
@@ -163,6 +173,9 @@ impl Mix {
             hot_spots: rng.pick(&[0, 1, 3, 10]),
             whole: if large { 0 } else { rng.pick(&[0, 0, 100]) },
             hostile: rng.pick(&[0, 5, 50]),
+            status: rng.pick(&[0, 30, 100]),
+            cache: rng.pick(&[0, 10, 40]),
+            fast: rng.pick(&[0, 100, 500]),
         }
     }
 }
@@ -180,6 +193,7 @@ impl FaultRates {
             write_error: sometimes(300, &[2, 10, 100]),
             flush_error: sometimes(300, &[10, 100, 500]),
             flush_loses: sometimes(500, &[1]) == 1,
+            flush_turns_back: false,
             hang: sometimes(150, &[2, 10]),
             kill_pause_ns: sometimes(600, pauses),
             cut_pause_ns: sometimes(500, pauses),

@@ -69,7 +69,9 @@ impl MetaView {
 }
 
 impl World {
-    /// Brings the view of a disk's durable metadata up to date. A cleared intent bit is judged here.
+    /// Brings the view of a disk's durable metadata up to date. A cleared intent bit is judged here, on disks in sync: the
+    /// volume's bits are theirs. One that is taken in gets their pages in place of its own, which may have bits that no
+    /// replica in sync ever had (of a write that failed because none could record them).
     pub(super) fn refresh_meta(&mut self, index: usize) -> Checked {
         let disk = &self.disks[index];
         let epoch = disk.disk.meta_epoch();
@@ -81,6 +83,7 @@ impl World {
             Ok(())
         };
         let found = read_found(&disk.path, disk.traits.device_bytes, &mut read).ok().flatten();
+        let in_sync = self.in_sync_disks().contains(&index);
         let view = &mut self.meta[index];
         let before = std::mem::replace(&mut view.found, found);
         view.epoch = Some(epoch);
@@ -92,7 +95,7 @@ impl World {
                 format!("disk {index}: by its superblock no replica is in sync"),
             );
         }
-        let Some(before) = before else { return Ok(()) };
+        let Some(before) = before.filter(|_| in_sync) else { return Ok(()) };
         let mut cleared = before.maps.intent.clone() & !after.maps.intent.clone();
         // Bits that were only read as set because their sector was rotten are not cleared by its mending.
         before.damaged_regions.iter().for_each(|regions| cleared[regions.clone()].fill(false));
@@ -264,6 +267,9 @@ impl World {
 
     fn has_data(&self, slot: ReplicaSlot, pending: &Pending) -> bool {
         let Some(disk) = self.disk_of(slot) else { return false };
+        if self.disks[disk].disk.has_turned_back(self.plan.volume_bytes) {
+            return true; // it had it; it does not stay in sync
+        }
         let mut bytes = vec![0; pending.range.len as usize];
         read_image(self.disks[disk].disk.image(), pending.range.offset, &mut bytes);
         pending.value.matches(pending.range.offset, &bytes)

@@ -21,7 +21,8 @@ impl World {
     /// Promise 7: were the daemon killed or the power cut now, the next start would be right.
     pub(super) fn promise_7_recovery_now(&mut self) -> Checked {
         self.looks += 1;
-        let judged = !self.split && !self.read_only && self.suspect.is_none();
+        // What a kill leaves of one that turned back and is not recorded as failed yet: see `World::crash`.
+        let judged = !self.split && !self.read_only && self.suspect.is_none() && !self.holder_turned_back();
         if !judged || !self.looks.is_multiple_of(CRASHES_JUDGED_ONE_IN) {
             return Ok(());
         }

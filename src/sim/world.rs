@@ -16,6 +16,7 @@ use std::fmt::Display;
 use std::rc::Rc;
 
 use crate::buffer::BufferPool;
+use crate::format::superblock::MemberState;
 use crate::mirror::Mirror;
 use crate::mirror::event::{Action, AdminId, DeviceTraits, Event, OpId};
 use crate::units::{Nanos, REPLICAS_MAX, Regions, ReplicaSet, ReplicaSlot, SECOND_NS};
@@ -208,7 +209,7 @@ pub struct World {
     pub troubled: BTreeSet<u64>,
     /// The disk that an old copy was put back on since all were well.
     pub suspect: Option<usize>,
-    /// Disks that were in sync when the daemon ended: one of them has to be there at the next start.
+    /// Disks that were in sync, and know it, when the daemon ended: one of them has to be there at the next start.
     pub holders: Vec<usize>,
     /// Scripted faults: the next operation of this kind on this disk fails.
     pub next_fails: Vec<(usize, FailNext)>,
@@ -456,8 +457,10 @@ impl World {
         if before != after {
             self.trace(|| format!("in sync {:?}, resyncing {:?}, members {:?}", after.0, after.1, after.2));
             let in_sync = self.in_sync_disks();
+            let new = after.0.difference(before.0);
+            let new: Vec<usize> = new.iter().filter_map(|slot| self.disk_of(slot)).collect();
             for (disk, view) in self.meta.iter_mut().enumerate() {
-                if in_sync.contains(&disk) {
+                if in_sync.contains(&disk) && !new.contains(&disk) {
                     view.look_again();
                 } else {
                     view.forget();
@@ -505,6 +508,8 @@ impl World {
     /// The daemon dies; `cut`: the power goes with it.
     pub fn crash(&mut self, cut: bool) {
         self.holders = self.in_sync_disks();
+        // The kernel reports a loss once, and whoever heard of it dies before it is recorded: nobody can know.
+        self.beyond_repair |= !cut && self.holder_turned_back();
         let Some(daemon) = self.daemon.take() else { return };
         self.trace(|| format!("CRASH: {}", if cut { "power cut" } else { "kill" }));
         self.must_refuse.clear();
@@ -525,6 +530,7 @@ impl World {
                 disk.disk.process_killed();
             }
         }
+        self.keep_sure_holders();
         if cut {
             self.oracle.power_cut();
         } else {
@@ -532,6 +538,28 @@ impl World {
         }
         self.meta.iter_mut().for_each(MetaView::forget);
         self.clients.iter_mut().for_each(Client::forget);
+    }
+
+    /// Whether a replica in sync shows that it lost what it was to flush: it is about to be failed.
+    pub(super) fn holder_turned_back(&self) -> bool {
+        let volume = self.plan.volume_bytes;
+        self.in_sync_disks().iter().any(|disk| self.disks[*disk].disk.has_turned_back(volume))
+    }
+
+    /// A replica that counts as in sync by the others' word only (the commit in which it joined did not reach it) is refused
+    /// alone, and rightly. So it is no holder while there is another.
+    fn keep_sure_holders(&mut self) {
+        let is_sure = |disk: &usize| match self.find(*disk) {
+            Ok(Some(found)) => {
+                found.superblock.own_entry().is_some_and(|own| own.state == MemberState::InSync)
+            }
+            Ok(None) => false,
+            Err(_) => true, // gone for now
+        };
+        let sure: Vec<usize> = self.holders.iter().copied().filter(is_sure).collect();
+        if !sure.is_empty() {
+            self.holders = sure;
+        }
     }
 
     /// The disk in `slot`.

@@ -15,9 +15,9 @@ use nbdmirror::format::assemble::{AssembleOptions, assemble};
 use nbdmirror::format::create::{NewReplica, NewVolume, new_volume};
 use nbdmirror::format::read::read_found;
 use nbdmirror::mirror::MirrorConfig;
-use nbdmirror::nbd::export::Export;
+use nbdmirror::nbd::export::{Export, Negotiated};
 use nbdmirror::nbd::session::Session;
-use nbdmirror::units::{REPLICAS_MAX, Regions, ReplicaSet};
+use nbdmirror::units::{REPLICAS_MAX, Regions, ReplicaSet, ReplicaSlot};
 use uuid::Uuid;
 
 pub(crate) const VOLUME_BYTES: u64 = 64 << 20;
@@ -49,7 +49,7 @@ pub(crate) fn hand_over(handle: &EngineHandle, export: &Arc<Export>, leftover: V
     let (ours, theirs) = UnixStream::pair().unwrap();
     ours.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
     ours.set_write_timeout(Some(Duration::from_secs(30))).unwrap();
-    let session = Session::new(Arc::clone(export));
+    let session = Session::new(Arc::clone(export), Negotiated::default());
     handle.connect(Connection { fd: theirs.into(), session, leftover, peer: "test".to_owned() });
     Client { stream: ours }
 }
@@ -108,6 +108,7 @@ impl World {
             description: String::new(),
             size_bytes: VOLUME_BYTES,
             read_only: false,
+            replicas: [0, 1].map(ReplicaSlot::new).into_iter().collect(),
         };
         Self { dir, engine: engine::start(config).unwrap(), export: Arc::new(export) }
     }

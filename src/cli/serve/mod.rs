@@ -236,6 +236,7 @@ impl Serve {
             description: "a volume mirrored by nbdmirror".to_owned(),
             size_bytes: assembly.head.regions.volume_bytes,
             read_only: self.read_only,
+            replicas: assembly.head.members().map(|(slot, _)| slot).collect(),
         });
         let (devices, write_mostly) = seat(gathered, &assembly, write_mostly);
         let mirror = MirrorConfig {

@@ -2,10 +2,10 @@
 
 use super::*;
 
-const AT: u64 = 200_000;
+pub(super) const AT: u64 = 200_000;
 
 /// What a crash left: replica 1 has an unacknowledged write at `AT` (9), replica 0 has not (0).
-fn half_written() -> Vec<Vec<u8>> {
+pub(super) fn half_written() -> Vec<Vec<u8>> {
     let mut world = World::new(2);
     let request = world.write_request(AT, 4096, 9);
     world.send(request);

@@ -4,6 +4,7 @@
 mod add;
 mod admin;
 mod answers;
+mod block_status;
 mod lives;
 mod membership;
 
@@ -17,7 +18,7 @@ use super::event::{
 use super::status::{Health, ReplicaState};
 use super::{Mirror, MirrorConfig};
 use crate::buffer::BufferPool;
-use crate::extent::Extent;
+use crate::extent::{ALLOCATION_HOLE, ALLOCATION_ZERO, Extent, push_extent};
 use crate::format::Found;
 use crate::format::assemble::{AssembleOptions, assemble};
 use crate::format::create::{NewReplica, NewVolume, new_volume};
@@ -54,7 +55,7 @@ struct World {
 }
 
 fn traits(bytes: usize) -> DeviceTraits {
-    DeviceTraits { device_bytes: bytes as u64, io_align: 512, cheap_zero: true }
+    DeviceTraits { device_bytes: bytes as u64, io_align: 512, cheap_zero: true, cheap_allocated_zero: true }
 }
 
 fn found_on(image: &[u8], name: &str) -> Option<Found> {
@@ -213,8 +214,8 @@ impl World {
                 let range = &image[offset.0 as usize..(offset.0 + len) as usize];
                 return DeviceOutput::Hole(range.iter().all(|byte| *byte == 0));
             }
-            DeviceOp::Allocation { len, .. } => {
-                return DeviceOutput::Allocation(vec![Extent { len, flags: 0 }]);
+            DeviceOp::Allocation { offset, len } => {
+                return DeviceOutput::Allocation(holes_in(image, ByteRange::new(offset.0, len)));
             }
             DeviceOp::Cache { .. } | DeviceOp::Flush => {}
         }
@@ -313,6 +314,20 @@ impl World {
     fn same_data(&self, one: usize, other: usize) -> bool {
         self.images[one][..VOLUME_BYTES as usize] == self.images[other][..VOLUME_BYTES as usize]
     }
+}
+
+/// Blocks of zeroes are holes.
+fn holes_in(image: &[u8], range: ByteRange) -> Vec<Extent> {
+    let mut extents = Vec::new();
+    let mut at = range.offset;
+    while at < range.end() {
+        let block = ByteRange::new(at, 1).expanded_to(4096);
+        let end = block.end().min(range.end());
+        let zero = image[block.offset as usize..block.end() as usize].iter().all(|byte| *byte == 0);
+        push_extent(&mut extents, end - at, if zero { ALLOCATION_HOLE | ALLOCATION_ZERO } else { 0 });
+        at = end;
+    }
+    extents
 }
 
 /// The superblock that an operation writes.

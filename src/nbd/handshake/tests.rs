@@ -2,6 +2,10 @@
 
 use super::*;
 use crate::nbd::client::{encode_info_query, encode_option};
+use crate::units::ReplicaSlot;
+
+mod negotiated;
+mod tls;
 
 const NAME: &str = "vol";
 
@@ -11,6 +15,7 @@ fn export() -> Arc<Export> {
         description: "a mirror".to_owned(),
         size_bytes: 5 << 30,
         read_only: false,
+        replicas: [0, 2].map(ReplicaSlot::new).into_iter().collect(),
     })
 }
 
@@ -101,7 +106,7 @@ fn hs_05_06_09_10_export_name_with_and_without_padding() {
         assert!(matches!(progress.step, Step::Transmission(_)));
         assert_eq!(out.len(), reply_bytes);
         assert_eq!(out[..8], (5_u64 << 30).to_be_bytes());
-        assert_eq!(out[8..10], export().transmission_flags().to_be_bytes());
+        assert_eq!(out[8..10], export().transmission_flags(Negotiated::default()).to_be_bytes());
         assert!(out[10..].iter().all(|byte| *byte == 0));
     }
 }
@@ -190,26 +195,13 @@ fn opt_09_list_with_data_is_invalid() {
 }
 
 #[test]
-fn opt_30_46_what_is_not_served_is_unsupported() {
-    let codes = [
-        wire::OPT_STRUCTURED_REPLY,
-        wire::OPT_LIST_META_CONTEXT,
-        wire::OPT_SET_META_CONTEXT,
-        wire::OPT_EXTENDED_HEADERS,
-    ];
-    for code in codes {
-        assert_eq!(haggle_kinds(&[(code, vec![]), (code, vec![1; 9])]), [wire::REP_ERR_UNSUP; 2]);
-    }
-}
-
-#[test]
 fn opt_14_info_gives_the_export_and_haggling_goes_on() {
     let replies = haggle(&[info(&[])]);
     assert_eq!(replies.len(), 2);
     assert_eq!(replies[0].kind, wire::REP_INFO);
     let mut expected = wire::INFO_EXPORT.to_be_bytes().to_vec();
     expected.extend_from_slice(&(5_u64 << 30).to_be_bytes());
-    expected.extend_from_slice(&export().transmission_flags().to_be_bytes());
+    expected.extend_from_slice(&export().transmission_flags(Negotiated::default()).to_be_bytes());
     assert_eq!(replies[0].data, expected);
     assert_eq!(replies[1].kind, wire::REP_ACK);
 }
@@ -367,21 +359,6 @@ fn opt_45_truncated_options_wait() {
 }
 
 #[test]
-fn opt_49_full_haggle() {
-    let options = [
-        list(),
-        info(&[]),
-        (wire::OPT_STRUCTURED_REPLY, vec![]),
-        (wire::OPT_LIST_META_CONTEXT, vec![0; 8]),
-        (wire::OPT_SET_META_CONTEXT, vec![0; 8]),
-        go(&[]),
-    ];
-    let (progress, out) = run(&hello(3, &options));
-    assert!(matches!(progress.step, Step::Transmission(_)));
-    assert_eq!(*kinds(&out).last().unwrap(), wire::REP_ACK);
-}
-
-#[test]
 fn opt_51_200_options_are_answered_and_a_flood_is_cut_off() {
     assert_eq!(haggle_kinds(&vec![info(&[]); 200]).len(), 400);
     let flood = vec![list(); OPTIONS_MAX as usize + 1];
@@ -426,64 +403,4 @@ fn after_the_end_nothing_is_taken() {
     let progress = handshake.receive(&hello(3, &[go(&[])]), &mut out);
     assert!(matches!(progress.step, Step::Close(_)));
     assert_eq!((progress.consumed, out.len()), (0, out_bytes));
-}
-
-fn starttls() -> (u32, Vec<u8>) {
-    (wire::OPT_STARTTLS, vec![])
-}
-
-fn run_tls(tls: TlsMode, bytes: &[u8]) -> (Handshake, Progress, Vec<u8>) {
-    let mut out = Vec::new();
-    let mut handshake = Handshake::new(export(), tls);
-    let progress = handshake.receive(bytes, &mut out);
-    (handshake, progress, out)
-}
-
-#[test]
-fn opt_11_12_13_starttls_without_tls_is_refused_in_step() {
-    let options = [starttls(), (wire::OPT_STARTTLS, vec![1; 9]), list()];
-    let expected = [wire::REP_ERR_POLICY, wire::REP_ERR_INVALID, wire::REP_SERVER, wire::REP_ACK];
-    assert_eq!(haggle_kinds(&options), expected);
-}
-
-#[test]
-fn tls_01_02_05_06_10_starttls_begins_anew() {
-    for tls in [TlsMode::Allowed, TlsMode::Required] {
-        let mut bytes = hello(3, &[starttls()]);
-        let taken = bytes.len();
-        bytes.extend_from_slice(b"slipped in");
-        let (handshake, progress, out) = run_tls(tls, &bytes);
-        assert!(matches!(progress.step, Step::StartTls));
-        assert_eq!((progress.consumed, kinds(&out)), (taken, vec![wire::REP_ACK]));
-        let mut inside = handshake.inside_tls();
-        let mut out = Vec::new();
-        let options = hello(0, &[starttls(), list(), (wire::OPT_EXPORT_NAME, vec![])]);
-        let progress = inside.receive(&options[4..], &mut out); // no flags again
-        assert!(matches!(progress.step, Step::Transmission(_)));
-        let expected = [wire::REP_ERR_INVALID, wire::REP_SERVER, wire::REP_ACK];
-        let (replies, answer) = out.split_at(out.len() - 10); // NO_ZEROES was said before
-        assert_eq!((kinds(replies), &answer[..8]), (expected.to_vec(), &(5_u64 << 30).to_be_bytes()[..]));
-    }
-}
-
-#[test]
-fn tls_03_04_12_nothing_goes_without_required_tls() {
-    let options = [list(), info(&[]), go(&[]), (99, vec![1]), (wire::OPT_STARTTLS, vec![1])];
-    let (_, progress, out) = run_tls(TlsMode::Required, &hello(3, &options));
-    assert!(matches!(progress.step, Step::NeedMore));
-    let required = wire::REP_ERR_TLS_REQD;
-    assert_eq!(kinds(&out), [required, required, required, required, wire::REP_ERR_INVALID]);
-    let (_, progress, out) = run_tls(TlsMode::Required, &hello(3, &[(wire::OPT_EXPORT_NAME, vec![])]));
-    assert!(matches!(progress.step, Step::Close(_)) && out.is_empty());
-    let (_, progress, out) = run_tls(TlsMode::Required, &hello(3, &[(wire::OPT_ABORT, vec![])]));
-    assert!(matches!(progress.step, Step::Close(_)) && kinds(&out) == [wire::REP_ACK]);
-}
-
-#[test]
-fn tls_a_client_without_fixed_newstyle_is_served_without_tls_or_not_at_all() {
-    let (_, progress, out) = run_tls(TlsMode::Allowed, &hello(2, &[starttls(), list()]));
-    assert!(matches!(progress.step, Step::NeedMore));
-    assert_eq!(kinds(&out), [wire::REP_ERR_POLICY, wire::REP_SERVER, wire::REP_ACK]);
-    let (_, progress, _) = run_tls(TlsMode::Required, &hello(2, &[]));
-    assert!(matches!(progress.step, Step::Close(_)));
 }

@@ -98,6 +98,7 @@ impl Disk {
         }
         self.cached = self.durable.clone();
         self.lost.clear();
+        self.turned_back = false;
         self.ever_lost.clear();
         self.open.clear();
         self.meta_epoch += 1;

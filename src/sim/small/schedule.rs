@@ -233,7 +233,7 @@ impl Run {
         let lone = in_sync.iter().all(|disk| *disk == op.disk);
         self.world.excused |= lone;
         let kind = match &op.kind {
-            Kind::Read(_) | Kind::ProbeHole | Kind::Cache | Kind::Allocation => FaultKind::ReadError,
+            Kind::Read(_) | Kind::ProbeHole | Kind::Cache | Kind::Allocation(_) => FaultKind::ReadError,
             Kind::Write { .. } | Kind::Zero(_) => FaultKind::WriteError,
             Kind::Flush(_) => FaultKind::FlushError,
         };
@@ -251,7 +251,7 @@ impl Run {
                     self.world.oracle.cache_lost();
                 }
             }
-            Kind::Read(_) | Kind::ProbeHole | Kind::Cache | Kind::Allocation => {}
+            Kind::Read(_) | Kind::ProbeHole | Kind::Cache | Kind::Allocation(_) => {}
         }
     }
 

@@ -162,7 +162,9 @@ impl World {
             let (write, data) = match &op.kind {
                 Kind::Write { data, seq, .. } => (*seq, Some(Rc::from(&data[..]))),
                 Kind::Zero(seq) => (*seq, None),
-                Kind::Read(_) | Kind::Flush(_) | Kind::ProbeHole | Kind::Cache | Kind::Allocation => continue,
+                Kind::Read(_) | Kind::Flush(_) | Kind::ProbeHole | Kind::Cache | Kind::Allocation(_) => {
+                    continue;
+                }
             };
             let landing = Landing { range: op.range, data };
             let disk = &mut base.disks[op.disk].disk;

@@ -372,8 +372,12 @@ fn opens(assembly: Assembly, found: &[Found], read_only: bool) {
     let mut traits = [None; REPLICAS_MAX];
     for (traits, found_at) in traits.iter_mut().zip(assembly.found_of_slot) {
         let device_bytes = found_at.map(|index| found[index].device_bytes);
-        *traits =
-            device_bytes.map(|device_bytes| DeviceTraits { device_bytes, io_align: 512, cheap_zero: true });
+        *traits = device_bytes.map(|device_bytes| DeviceTraits {
+            device_bytes,
+            io_align: 512,
+            cheap_zero: true,
+            cheap_allocated_zero: false,
+        });
     }
     let config = MirrorConfig {
         read_only,

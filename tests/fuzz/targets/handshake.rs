@@ -9,9 +9,10 @@
 use std::sync::Arc;
 
 use nbdmirror::nbd::client::{encode_info_query, encode_option};
-use nbdmirror::nbd::export::Export;
+use nbdmirror::nbd::export::{Export, Negotiated, ReplyMode};
 use nbdmirror::nbd::handshake::{ANSWER_BYTES_MAX, Handshake, OPTIONS_MAX, Step, TlsMode};
 use nbdmirror::nbd::wire::{self, Reader};
+use nbdmirror::units::ReplicaSlot;
 
 use super::input::{Input, pieces};
 
@@ -19,7 +20,7 @@ use super::input::{Input, pieces};
 #[derive(Debug, PartialEq, Eq)]
 enum End {
     NeedMore,
-    Transmission(Arc<Export>),
+    Transmission(Arc<Export>, Negotiated),
     Close(String),
 }
 
@@ -46,7 +47,9 @@ pub fn export(input: &mut Input<'_>) -> Arc<Export> {
     let name = input.pick(&["vol", "", "a name with spaces and ü"]).to_owned();
     let description = input.pick(&["", "a line"]).to_owned();
     let size_bytes = input.pick(&[1 << 20, 4096, 64 << 40, (1 << 30) + 4096]);
-    Arc::new(Export { name, description, size_bytes, read_only: input.one_in(4) })
+    let read_only = input.one_in(4);
+    let replicas = [0, 3].map(ReplicaSlot::new).into_iter().collect();
+    Arc::new(Export { name, description, size_bytes, read_only, replicas })
 }
 
 /// The stream of a client that mostly keeps to the protocol, so that more than the first magic is reached.
@@ -54,7 +57,7 @@ fn options(input: &mut Input<'_>, export: &Export) -> Vec<u8> {
     let flags = input.pick(&[1u32, 3, 0, 2, 4, u32::MAX]);
     let mut stream = flags.to_be_bytes().to_vec();
     while !input.is_empty() {
-        let code = input.pick(&[1u32, 2, 3, 5, 6, 7, 8, 6, 7, 10, 11, 0xffff_ffff]);
+        let code = input.pick(&[1u32, 2, 3, 5, 6, 7, 8, 9, 7, 10, 11, 0xffff_ffff]);
         let name = match input.u8() % 4 {
             0 => vec![],
             1 => export.name.as_bytes().to_vec(),
@@ -65,6 +68,7 @@ fn options(input: &mut Input<'_>, export: &Export) -> Vec<u8> {
         let data = match code {
             wire::OPT_INFO | wire::OPT_GO => encode_info_query(&name, &wanted),
             wire::OPT_EXPORT_NAME => name,
+            wire::OPT_LIST_META_CONTEXT | wire::OPT_SET_META_CONTEXT => contexts(input, &name),
             _ => input.bytes(3).to_vec(),
         };
         let at = stream.len();
@@ -81,6 +85,22 @@ fn options(input: &mut Input<'_>, export: &Export) -> Vec<u8> {
         }
     }
     stream
+}
+
+/// The data of a query for contexts.
+fn contexts(input: &mut Input<'_>, name: &[u8]) -> Vec<u8> {
+    let queries = ["base:allocation", "base:", "nbdmirror:", "nbdmirror:stale/3", "nbdmirror:stale/1", "x:y"];
+    let queries: Vec<&str> = (0..input.index(5)).map(|_| input.pick(&queries)).collect();
+    let mut data = Vec::new();
+    let mut string = |bytes: &[u8]| {
+        data.extend_from_slice(&(bytes.len() as u32).to_be_bytes());
+        data.extend_from_slice(bytes);
+    };
+    string(name);
+    let at = 4 + name.len();
+    queries.iter().for_each(|query| string(query.as_bytes()));
+    data.splice(at..at, (queries.len() as u32).to_be_bytes());
+    data
 }
 
 fn converse<'b>(export: &Arc<Export>, stopping: bool, pieces: impl Iterator<Item = &'b [u8]>) -> Outcome {
@@ -103,7 +123,9 @@ fn converse<'b>(export: &Arc<Export>, stopping: bool, pieces: impl Iterator<Item
                 assert_eq!(progress.consumed, piece.len());
                 End::NeedMore
             }
-            Step::Transmission(session) => End::Transmission(Arc::clone(session.export())),
+            Step::Transmission(session) => {
+                End::Transmission(Arc::clone(session.export()), session.negotiated())
+            }
             Step::StartTls => panic!("TLS is not on offer"),
             Step::Close(why) => {
                 assert!(!why.is_empty());
@@ -139,7 +161,7 @@ fn check(export: &Arc<Export>, stopping: bool, stream: &[u8], (out, taken, end):
     assert!(out.len() <= options.len() * ANSWER_BYTES_MAX);
     let last = options.last().map(|(code, data, _)| (*code, *data));
     let mut replies = &out[..];
-    if let End::Transmission(accepted) = end {
+    if let End::Transmission(accepted, negotiated) = end {
         let (code, data) = last.expect("an option chose the export");
         assert!(Arc::ptr_eq(accepted, export) && !stopping);
         assert_eq!(options.last().map(|(_, _, at)| at), Some(taken), "what follows the choice is not taken");
@@ -149,18 +171,19 @@ fn check(export: &Arc<Export>, stopping: bool, stream: &[u8], (out, taken, end):
             let answer = replies.len() - 10 - padding;
             let mut reader = Reader::new(&replies[answer..]);
             assert_eq!(reader.u64(), Some(export.size_bytes));
-            assert_eq!(reader.u16(), Some(export.transmission_flags()));
+            assert_eq!(reader.u16(), Some(export.transmission_flags(*negotiated)));
+            assert!(negotiated.mode != ReplyMode::Extended);
             assert!(reader.rest().iter().all(|byte| *byte == 0));
             replies = &replies[..answer];
         }
     }
     let answered = check_replies(export, replies, &options);
     match end {
-        End::Transmission(_) if last.is_some_and(|(code, _)| code == wire::OPT_EXPORT_NAME) => {
+        End::Transmission(..) if last.is_some_and(|(code, _)| code == wire::OPT_EXPORT_NAME) => {
             assert_eq!(answered, options.len() - 1);
         }
         End::Close(_) => assert!(answered + 1 >= options.len()),
-        End::NeedMore | End::Transmission(_) => {
+        End::NeedMore | End::Transmission(..) => {
             assert_eq!(answered, options.len(), "an option without an answer");
         }
     }
@@ -203,16 +226,29 @@ fn check_replies(export: &Export, replies: &[u8], options: &[(u32, &[u8], usize)
                 assert!(export.answers_to(&data[4..4 + name_bytes]), "it tells of another export");
                 if body.u16() == Some(wire::INFO_EXPORT) {
                     assert_eq!(body.u64(), Some(export.size_bytes));
-                    assert_eq!(body.u16(), Some(export.transmission_flags()));
+                    let flags = body.u16().expect("flags");
+                    let negotiable = wire::FLAG_SEND_DF | wire::FLAG_BLOCK_STATUS_PAYLOAD;
+                    let plain = export.transmission_flags(Negotiated::default());
+                    assert_eq!(flags & !negotiable, plain);
                     assert!(body.rest().is_empty());
                 }
+            }
+            wire::REP_META_CONTEXT => {
+                assert!(matches!(code, wire::OPT_LIST_META_CONTEXT | wire::OPT_SET_META_CONTEXT));
+                let id = body.u32().expect("a number");
+                assert!(id == 0 || code == wire::OPT_SET_META_CONTEXT);
+                let names = ["base:allocation", "nbdmirror:state", "nbdmirror:stale/0", "nbdmirror:stale/3"];
+                assert!(
+                    names.iter().any(|name| name.as_bytes() == body.rest()),
+                    "a context that is not there"
+                );
             }
             kind => {
                 assert!(kind & wire::REP_ERROR_BIT != 0 && wire::reply_name(kind) != "unknown");
                 std::str::from_utf8(body.rest()).expect("a message for people");
             }
         }
-        answered += usize::from(!matches!(kind, wire::REP_SERVER | wire::REP_INFO));
+        answered += usize::from(!matches!(kind, wire::REP_SERVER | wire::REP_INFO | wire::REP_META_CONTEXT));
     }
     answered
 }

@@ -10,6 +10,7 @@ use std::io::{self, Read, Write};
 use std::sync::Arc;
 
 use nbdmirror::nbd::client::{Connected, connect, parse_greeting, parse_option_reply, parse_simple_reply};
+use nbdmirror::nbd::export::Negotiated;
 use nbdmirror::nbd::handshake::{Handshake, Step, TlsMode};
 use nbdmirror::nbd::wire::{self, NbdError, Reader};
 
@@ -83,7 +84,8 @@ fn honest(input: &mut Input<'_>) {
     assert_eq!(connected.is_ok(), server.in_transmission);
     assert_eq!(server.taken, server.to_client.len(), "bytes of the server are left over");
     if let Ok(connected) = connected {
-        let (size_bytes, transmission_flags) = (export.size_bytes, export.transmission_flags());
+        let (size_bytes, transmission_flags) =
+            (export.size_bytes, export.transmission_flags(Negotiated::default()));
         assert_eq!(connected, Connected { size_bytes, transmission_flags });
     }
 }

@@ -100,7 +100,12 @@ impl World {
         let mut disks: Vec<Disk> = (0..=replicas)
             .map(|_| {
                 let io_align = input.pick(&[512, 512, 4096, 1]);
-                let traits = DeviceTraits { device_bytes: bytes, io_align, cheap_zero: input.one_in(2) };
+                let traits = DeviceTraits {
+                    device_bytes: bytes,
+                    io_align,
+                    cheap_zero: input.one_in(2),
+                    cheap_allocated_zero: false,
+                };
                 Disk { image: vec![0; bytes as usize], traits }
             })
             .collect();
