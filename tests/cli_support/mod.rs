@@ -238,11 +238,6 @@ impl Daemon {
         nix::sys::signal::kill(pid, signal).unwrap();
     }
 
-    /// Files that it has open.
-    pub(crate) fn descriptors(&self) -> usize {
-        std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).unwrap().count()
-    }
-
     /// Waits for its end; gives what it said and logged when it started.
     #[track_caller]
     pub(crate) fn ended_with(mut self, code: i32) -> String {
