@@ -56,6 +56,10 @@ const REGRESSIONS: &[(u64, &str)] = &[
         20_093_535,
         "no bug: one that joined by a commit which did not reach it is lost with the replica that has it",
     ),
+    (
+        21_000_249,
+        "a read that was in flight when its replica's flush failed is believed, though the cache has been dropped",
+    ),
 ];
 
 /// Runs `seeds` on all cores and gives the failures in order of seeds, and what happened.

@@ -25,6 +25,8 @@ use crate::control::failure::Failure;
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(60);
 const FORCED_FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
 const FREE_TIMEOUT: Duration = Duration::from_secs(10);
+/// The block layer's own.
+const REQUEST_CHECK_MS_DEFAULT: u32 = 30_000;
 /// What the flushing process may say, bytes.
 const REPORT_BYTES_MAX: u64 = 4096;
 
@@ -69,6 +71,8 @@ pub fn detach(
         }
         _ => {}
     }
+    // As the kernel has it by default: the next client of the device may know nothing of our setting.
+    _ = system.set_request_check_ms(device, REQUEST_CHECK_MS_DEFAULT);
     netlink
         .disconnect(device.index)
         .map_err(|error| error.failure(&format!("cannot detach {}", node.display())))?;

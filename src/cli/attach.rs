@@ -39,10 +39,11 @@ Examples:
   nbdmirror attach nbd://192.0.2.7/vol /dev/nbd1 --dead-timeout 60
   nbdmirror attach vol /dev/nbd0 --foreground    for a systemd unit (Type=notify)
 
-A keeper stays in the background and connects again when the daemon was restarted; what is written and read
-meanwhile waits, up to --dead-timeout. Attaching a device to its volume again replaces dead connections.
-With one connection a slow answer is waited for as long as it takes; several let several CPUs work, but
-the kernel then takes an answer that is later than --timeout for a dead connection.
+A keeper stays in the background and connects again when the daemon was restarted; reads and
+writes wait meanwhile, up to --dead-timeout. Attaching a device to its volume again replaces
+dead connections. With one connection a slow answer is waited for as long as it takes; several
+let several CPUs work, but the kernel then takes an answer later than --timeout for a dead
+connection.
 Needs root and the kernel's nbd module (`modprobe nbd`).";
 
 #[derive(Args, Debug)]

@@ -139,9 +139,9 @@ async fn serve(
         task.abort();
         let _ = task.await;
     }
+    handshakes.begin_stop();
     let ControlConfig { listeners, control, engine, .. } = config;
     drop(listeners);
-    handshakes.begin_stop();
     let (report, ()) =
         tokio::join!(stop_engine(&engine, &mut stop_requests, &mut asked), end_handshakes(&handshakes));
     for request in asked {

@@ -213,3 +213,101 @@ fn queue_value(file: &File, name: &str) -> Option<u64> {
         std::fs::read_to_string(path).ok()?.trim().parse().ok()
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::PathBuf;
+
+    const HOLE: u32 = ALLOCATION_HOLE | ALLOCATION_ZERO;
+
+    /// A file of 1 MiB on the filesystem of the temporary directory, and one in memory.
+    fn files() -> Vec<(tempfile::TempDir, PathBuf)> {
+        let memory = tempfile::tempdir_in("/dev/shm").ok();
+        let dirs = [Some(tempfile::tempdir().unwrap()), memory].into_iter().flatten();
+        dirs.map(|dir| {
+            let path = dir.path().join("file");
+            File::create(&path).unwrap().set_len(1 << 20).unwrap();
+            (dir, path)
+        })
+        .collect()
+    }
+
+    fn open(path: &PathBuf) -> File {
+        File::options().read(true).write(true).open(path).unwrap()
+    }
+
+    fn extents(file: &File, offset: u64, len: u64, max: usize) -> Vec<(u64, u32)> {
+        allocation(file, offset, len, max).into_iter().map(|extent| (extent.len, extent.flags)).collect()
+    }
+
+    #[test]
+    fn holes_are_where_nothing_was_written() {
+        for (_dir, path) in files() {
+            let file = open(&path);
+            let all = || extents(&file, 0, 1 << 20, 100);
+            assert_eq!(all(), [(1 << 20, HOLE)]);
+            file.write_all_at(&[1; 8192], 65_536).unwrap();
+            file.write_all_at(&[0; 4096], 131_072).unwrap();
+            let (first, rest) = ((65_536, HOLE), (1 << 20) - 135_168);
+            assert_eq!(all(), [first, (8192, 0), (57_344, HOLE), (4096, 0), (rest, HOLE)]);
+            assert_eq!(extents(&file, 0, 1 << 20, 3), all()[..3]);
+            assert_eq!(extents(&file, 65_000, 1000, 9), [(536, HOLE), (464, 0)]);
+            assert_eq!(extents(&file, 73_727, 2, 9), [(1, 0), (1, HOLE)]);
+            assert_eq!(extents(&file, 66_000, 100, 9), [(100, 0)]);
+            let punch = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+            if fallocate(&file, punch, 65_536, 8192).is_ok() {
+                assert_eq!(all()[0], (131_072, HOLE));
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_behind_the_end_of_a_file_is_no_hole() {
+        for (_dir, path) in files() {
+            let file = open(&path);
+            assert_eq!(extents(&file, 1 << 20, 4096, 9), [(4096, 0)]);
+            assert_eq!(extents(&file, (1 << 20) - 4096, 8192, 9), [(8192, 0)]);
+            file.set_len(4096).unwrap();
+            assert_eq!(extents(&file, 0, 8192, 9), [(8192, 0)]);
+        }
+    }
+
+    #[test]
+    fn extents_agree_with_what_is_read() {
+        for (_dir, path) in files() {
+            let file = open(&path);
+            for block in (0..256_u64).filter(|block| block * block % 7 == 2) {
+                file.write_all_at(&[9; 4096], block * 4096).unwrap();
+            }
+            let mut at = 0;
+            while at < 1 << 20 {
+                for extent in allocation(&file, at, (1 << 20) - at, 5) {
+                    let mut bytes = vec![1; extent.len as usize];
+                    file.read_exact_at(&mut bytes, at).unwrap();
+                    assert!(extent.flags == 0 || bytes.iter().all(|byte| *byte == 0));
+                    at += extent.len;
+                }
+            }
+            assert_eq!(at, 1 << 20);
+        }
+    }
+
+    /// Where it is said that zeroes stay allocated without being written, they do.
+    #[test]
+    fn zero_range_works_where_it_is_promised() {
+        for (_dir, path) in files() {
+            let file = open(&path);
+            file.write_all_at(&[9; 65_536], 0).unwrap();
+            file.sync_all().unwrap();
+            let before = file.metadata().unwrap().blocks();
+            let mode = FallocateFlags::FALLOC_FL_ZERO_RANGE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+            let works = fallocate(&file, mode, 0, 65_536).is_ok();
+            assert!(works || !cheap_allocated_zero(&file, DeviceKind::File));
+            if works {
+                assert!(file.metadata().unwrap().blocks() >= before);
+            }
+            assert!(!(is_tmpfs(&file) && cheap_allocated_zero(&file, DeviceKind::File)));
+        }
+    }
+}

@@ -130,6 +130,7 @@ impl Mirror {
     /// A replica answered, or not.
     pub(super) fn read_done(&mut self, key: Key, slot: ReplicaSlot, result: Result<DeviceOutput, Errno>) {
         match result {
+            Ok(DeviceOutput::Read(_)) if !self.is_believed(slot) => self.read_granted(key),
             Ok(DeviceOutput::Read(buffer)) => {
                 let task = self.read_task(key);
                 let start = (task.range.offset - task.span.offset) as usize;

@@ -78,6 +78,12 @@ impl Mirror {
         if good.is_empty() { self.in_sync } else { good }
     }
 
+    /// Whether what the replica in `slot` has just read counts: a flush of it may have failed while it was reading, and it may
+    /// have read what was left then. One that is not in sync (a planted bug reads it) is nobody's to judge here.
+    pub(super) fn is_believed(&self, slot: ReplicaSlot) -> bool {
+        !self.in_sync.contains(slot) || self.readable().contains(slot)
+    }
+
     /// Members of the volume that take no writes.
     pub(super) fn inactive_members(&self) -> ReplicaSet {
         self.members().difference(self.active())

@@ -361,13 +361,13 @@ impl Mirror {
         self.issue(source, OpOwner::JobProbe(key), DeviceOp::ProbeHole { offset, len: chunk.len });
     }
 
-    /// Whether the job still has a source in sync and a target that takes part.
+    /// Whether the job still has a source in sync that is believed, and a target that takes part.
     fn job_can_go_on(&mut self, key: Key) -> bool {
-        let (in_sync, active) = (self.in_sync, self.active());
+        let (readable, active) = (self.readable(), self.active());
         let job = self.job_mut(key);
         job.targets = job.targets.intersection(active);
         let source_ok =
-            job.source.is_some_and(|slot| in_sync.contains(slot) || planted(Bug::ResyncWrongDirection));
+            job.source.is_some_and(|slot| readable.contains(slot) || planted(Bug::ResyncWrongDirection));
         source_ok && !job.targets.is_empty()
     }
 

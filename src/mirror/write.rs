@@ -230,6 +230,7 @@ impl Mirror {
         result: Result<DeviceOutput, Errno>,
     ) {
         match result {
+            Ok(DeviceOutput::Read(_)) if !self.is_believed(slot) => self.read_edge(key, index),
             Ok(DeviceOutput::Read(buffer)) => {
                 self.write_task(key).edges[index].content = Some(buffer);
                 self.edge_settled(key);

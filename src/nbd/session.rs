@@ -18,7 +18,7 @@ mod parse;
 #[cfg(test)]
 mod tests;
 
-pub use encode::{EXTENTS_MAX, Head, extents_max};
+pub use encode::{Head, extents_max};
 pub use holes::HOLE_BYTES_MIN;
 
 /// Longest payload of a refused request that is read and dropped, bytes. Above it the connection is closed:

@@ -1,4 +1,5 @@
 //! A folder to work in, the binary under test, and daemons that end with their test.
+#![allow(dead_code, reason = "each test binary uses its own part of this module")]
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Read};

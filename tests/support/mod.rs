@@ -10,6 +10,7 @@ pub(crate) mod checker;
 pub(crate) mod daemon;
 pub(crate) mod image;
 pub(crate) mod nbd;
+pub(crate) mod nbd_chunks;
 pub(crate) mod recorder;
 pub(crate) mod recorder_disk;
 pub(crate) mod recorder_judge;

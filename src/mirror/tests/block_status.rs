@@ -234,6 +234,9 @@ fn a_prefetch_goes_where_the_read_will_go_and_its_failure_is_nobodys() {
         let range = ByteRange::new(at * REGION + 7, 40_000);
         world.fault = Box::new(|_, request| matches!(request, DeviceOp::Cache { .. }).then_some(Errno::EIO));
         assert!(matches!(world.call(Request::Cache { range }), Ok(Answer::Done)));
+        // Whose turn it would be otherwise: the two take turns.
+        world.read(15 * REGION + at * 512, 512);
+        world.log.retain(|(_, name)| name == "cache");
         world.read(range.offset, 4096);
         assert_eq!(world.operations("cache"), world.operations("read data"));
     }
@@ -244,4 +247,80 @@ fn a_prefetch_goes_where_the_read_will_go_and_its_failure_is_nobodys() {
     assert_eq!(world.call(Request::Cache { range: ALL }).unwrap_err(), RequestError::Stopping);
     let late = world.call(question(StatusContext::State, ALL, false));
     assert_eq!(late.unwrap_err(), RequestError::Stopping);
+}
+
+/// A volume served read-only (so that it is open at once) from one replica.
+fn large_mirror(regions: Regions) -> Mirror {
+    let bytes = Layout::device_bytes_min(regions);
+    let replica = NewReplica { uuid: Uuid::from_u128(100), path: "r0".to_owned(), device_bytes: bytes };
+    let created = new_volume(NewVolume {
+        name: "v".to_owned(),
+        regions,
+        now_unix_ns: 1,
+        volume_uuid: Uuid::from_u128(1),
+        generation: Uuid::from_u128(2),
+        replicas: vec![replica],
+        in_sync: true,
+    })
+    .unwrap();
+    let written: Vec<(u64, Vec<u8>)> =
+        created.writes(0).map(|(offset, bytes)| (offset.0, bytes.to_vec())).collect();
+    let mut read_at = |offset: crate::units::ReplicaOffset, buffer: &mut [u8]| {
+        buffer.fill(0);
+        let range = ByteRange::new(offset.0, buffer.len() as u64);
+        for (start, bytes) in
+            written.iter().filter(|(start, bytes)| range.overlaps(ByteRange::new(*start, bytes.len() as u64)))
+        {
+            let (from, to) = (range.offset.max(*start), range.end().min(start + bytes.len() as u64));
+            let source = &bytes[(from - start) as usize..(to - start) as usize];
+            buffer[(from - range.offset) as usize..(to - range.offset) as usize].copy_from_slice(source);
+        }
+        Ok(())
+    };
+    let found = read_found("r0", bytes, &mut read_at).unwrap().unwrap();
+    let options = AssembleOptions { read_only: true, ..AssembleOptions::default() };
+    let mut config = MirrorConfig {
+        read_only: true,
+        write_mostly: ReplicaSet::EMPTY,
+        traits: [None; REPLICAS_MAX],
+        entropy: 1,
+        wall_clock_origin_ns: 0,
+        intent_idle_ns: 5 * SECOND_NS,
+        resync_jobs_max: 4,
+    };
+    config.traits[0] = Some(DeviceTraits { device_bytes: bytes, ..traits(4096) });
+    let assembly = assemble(&[found], options).unwrap();
+    Mirror::new(config, assembly, BufferPool::new(1 << 20))
+}
+
+/// A figure, not a check: `cargo test --release --lib figure -- --ignored --nocapture`.
+#[test]
+#[ignore = "prints how long questions about large volumes take"]
+fn figure_of_large_volumes() {
+    for (volume_bytes, region_bytes) in [(64 << 40, 64 << 20), (1 << 40, 64 << 10)] {
+        let regions = Regions { volume_bytes, region_bytes };
+        for every in [u64::MAX, 5000, 2] {
+            let mut mirror = large_mirror(regions);
+            let dirty: Vec<_> = (0..regions.count()).filter(|region| region % every == every / 2).collect();
+            dirty.iter().for_each(|region| mirror.maps.intent.set(*region as usize, true));
+            let contexts: ContextSet =
+                StatusContext::all().filter(|c| *c != StatusContext::Allocation).collect();
+            let mut out = Vec::new();
+            let request =
+                Request::BlockStatus { range: ByteRange::new(0, volume_bytes), contexts, one: false };
+            let begin = std::time::Instant::now();
+            mirror.handle(Nanos(10), Event::Request { id: RequestId(1), request }, &mut out);
+            let took = begin.elapsed();
+            let Some(Action::Reply { result: Ok(Answer::Status(answer)), .. }) = out.pop() else { panic!() };
+            let state = &answer[0].extents;
+            let reached: u64 = state.iter().map(|extent| extent.len).sum();
+            println!(
+                "{} TiB in regions of {} KiB, one in {every} dirty: {took:?}, {} extents, {} GiB told of",
+                volume_bytes >> 40,
+                region_bytes >> 10,
+                state.len(),
+                reached >> 30
+            );
+        }
+    }
 }

@@ -226,3 +226,70 @@ fn where_a_synced_region_can_be_flushed_nowhere_its_source_stays() {
     // One of the two had to go. The copy on replica 1 stands in its cache only; the source had it before.
     assert_eq!((world.state(0), world.state(1)), (ReplicaState::InSync, ReplicaState::Faulty));
 }
+
+/// Replica 0 has answered no read yet when its flush fails and its page cache drops what it was to flush; the flush of
+/// replica 1 hangs.
+fn flush_fails_below_a_read(world: &mut World, at: usize) {
+    world.fault = Box::new(|on, request| (on.index() == 0 && is_flush(request)).then_some(Errno::EIO));
+    world.send(Request::Flush);
+    assert!(world.queue.iter().any(|(_, on, request)| on.index() == 0 && reads_data(request)));
+    assert!(world.step_where(&|on, request| on == 0 && is_flush(request)));
+    world.images[0][at..at + 4096].fill(0);
+}
+
+fn reads_data(request: &DeviceOp) -> bool {
+    matches!(request, DeviceOp::Read { offset, .. } if offset.0 < VOLUME_BYTES)
+}
+
+/// Two replicas, of which the first one is read.
+fn world_that_reads_the_first() -> World {
+    let mut world =
+        World::begin(fresh_images(2), &[0, 1], AssembleOptions::default(), ReplicaSet::only(slot(1)));
+    world.drain();
+    world.write(0, 4096, 5).unwrap();
+    world
+}
+
+#[test]
+fn a_read_that_was_in_flight_when_its_replicas_flush_failed_is_answered_from_another() {
+    let mut world = world_that_reads_the_first();
+    let id = world.send(Request::Read { range: ByteRange::new(0, 1) });
+    flush_fails_below_a_read(&mut world, 0);
+    world.drain_where(&|_, request| !is_flush(request));
+    assert_eq!(world.reply_to(id).expect("answered").unwrap().data().unwrap().bytes(), [5]);
+}
+
+#[test]
+fn the_neighbours_of_a_write_are_not_filled_from_a_replica_whose_flush_has_failed() {
+    let mut world = world_that_reads_the_first();
+    let request = world.write_request(100, 10, 6);
+    let id = world.send(request);
+    flush_fails_below_a_read(&mut world, 0);
+    world.drain_where(&|_, request| !is_flush(request));
+    world.drain();
+    assert!(world.reply_to(id).expect("answered").is_ok());
+    assert_eq!(world.read(99, 12), [5, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 5]);
+}
+
+#[test]
+fn a_region_is_not_copied_from_a_source_whose_flush_has_failed() {
+    let at = 5 * REGIONS.region_bytes;
+    let mut world = World::new(2);
+    world.write(0, at + 4096, 1).unwrap();
+    let mut world = World::begin(world.crash(), &[0, 1], AssembleOptions::default(), ReplicaSet::EMPTY);
+    while !world.mirror.is_open() {
+        assert!(world.step());
+    }
+    // More regions than jobs: this write comes before the copy of its region.
+    let request = world.write_request(at, 4096, 7);
+    let id = world.send(request);
+    world.drain_where(&|_, request| writes_data(request));
+    assert!(world.reply_to(id).expect("answered").is_ok());
+    let is_read_there =
+        |request: &DeviceOp| matches!(request, DeviceOp::Read { offset, .. } if offset.0 == at);
+    world.drain_where(&|_, request| !is_read_there(request));
+    flush_fails_below_a_read(&mut world, at as usize);
+    world.drain_where(&|_, request| !is_flush(request));
+    world.drain();
+    assert_eq!(world.read(at, 1), [7]);
+}

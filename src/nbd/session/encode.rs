@@ -8,7 +8,7 @@ use std::ops::Range;
 use smallvec::SmallVec;
 
 use super::{Session, Tag, holes};
-use crate::extent::{ContextExtents, Extent};
+use crate::extent::{ContextExtents, EXTENTS_MAX, Extent};
 use crate::nbd::context;
 use crate::nbd::export::ReplyMode;
 use crate::nbd::wire::{self, NbdError};
@@ -18,20 +18,17 @@ use crate::units::BLOCK_BYTES;
 /// allocation.
 pub type Head = SmallVec<[u8; 48]>;
 
-/// Most extents for one context in a reply. The specification asks for at most 2^20; a client asks again from where
-/// the answer ends.
-pub const EXTENTS_MAX: u64 = 16 << 10;
-
 /// Longest extent that 32 bits hold, bytes, in whole blocks.
 const SHORT_EXTENT_BYTES_MAX: u32 = u32::MAX - (BLOCK_BYTES as u32 - 1);
 
 const _: () = assert!(SHORT_EXTENT_BYTES_MAX.is_multiple_of(BLOCK_BYTES as u32));
 const _: () = assert!(EXTENTS_MAX <= 1 << 20);
 
-/// Most extents for one context in the reply to a BLOCK_STATUS of `len` bytes: one a block, and two cut ones.
+/// Most extents for one context in the reply to a BLOCK_STATUS of `len` bytes: one a block, and two cut ones. A client
+/// asks again from where the answer ends.
 #[must_use]
 pub fn extents_max(len: u64, one: bool) -> u64 {
-    if one { 1 } else { (len / BLOCK_BYTES + 2).min(EXTENTS_MAX) }
+    if one { 1 } else { (len / BLOCK_BYTES + 2).min(EXTENTS_MAX as u64) }
 }
 
 impl Session {

@@ -91,17 +91,14 @@ impl Session {
         Some(Request { magic, flags, kind, tag, len })
     }
 
-    /// Bytes of payload that follow the header. `Err` says why that cannot be known, or is not borne.
+    /// Bytes of payload that follow the header. `Err` says why so many are not borne.
     fn payload_bytes(&self, request: Request) -> Result<u32, String> {
         let Request { kind, flags, len, .. } = request;
         let is_write = kind == wire::CMD_WRITE;
         let has_payload = match self.negotiated.mode {
             ReplyMode::Simple | ReplyMode::Structured => is_write,
-            ReplyMode::Extended if is_write && flags & wire::CMD_FLAG_PAYLOAD_LEN == 0 => {
-                // By the letter none follows, by common sense one does: either guess can be out of step.
-                return Err("a WRITE with an extended header that has no PAYLOAD_LEN".to_owned());
-            }
-            ReplyMode::Extended => flags & wire::CMD_FLAG_PAYLOAD_LEN != 0,
+            // A WRITE must have the flag, but QEMU (10.0) leaves it out, and sends the payload all the same.
+            ReplyMode::Extended => is_write || flags & wire::CMD_FLAG_PAYLOAD_LEN != 0,
         };
         match u32::try_from(len) {
             _ if !has_payload => Ok(0),

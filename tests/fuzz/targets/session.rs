@@ -4,8 +4,7 @@
 //! What must hold:
 //! - Each request is answered once: with its own cookie, by a command within the export, or by an error and the exact
 //!   number of payload bytes to skip, so that the stream stays in step.
-//! - A connection is closed for a wrong magic, for a payload that nobody would send, for an extended WRITE that does not
-//!   say whether it has one, and for nothing else.
+//! - A connection is closed for a wrong magic or for a payload that nobody would send, and for nothing else.
 //! - What the client's codec encodes is what the server parses, and the other way round.
 
 use nbdmirror::extent::{ContextSet, StatusContext};
@@ -52,8 +51,7 @@ pub fn run(data: &[u8]) {
         let (parsed, taken) = session.parse(&bytes).expect("more bytes are never wanted at once");
         match &parsed {
             Parsed::Close(why) => {
-                let endless =
-                    payload_bytes(&session, asked).is_none_or(|len| len > u64::from(SKIP_BYTES_MAX));
+                let endless = payload_bytes(&session, asked) > u64::from(SKIP_BYTES_MAX);
                 assert!(magic != right_magic(&session) || endless, "closed without need: {why}");
                 return;
             }
@@ -75,15 +73,11 @@ fn right_magic(session: &Session) -> u32 {
     }
 }
 
-/// Bytes of payload behind a request; `None` where the client does not say.
-fn payload_bytes(session: &Session, asked: Asked) -> Option<u64> {
-    let says = asked.flags & wire::CMD_FLAG_PAYLOAD_LEN != 0;
-    match (session.negotiated().mode == ReplyMode::Extended, asked.kind == wire::CMD_WRITE) {
-        (true, true) if !says => None,
-        (true, _) => Some(if says { asked.len } else { 0 }),
-        (false, true) => Some(asked.len),
-        (false, false) => Some(0),
-    }
+/// Bytes of payload behind a request.
+fn payload_bytes(session: &Session, asked: Asked) -> u64 {
+    let extended = session.negotiated().mode == ReplyMode::Extended;
+    let says = extended && asked.flags & wire::CMD_FLAG_PAYLOAD_LEN != 0;
+    if says || asked.kind == wire::CMD_WRITE { asked.len } else { 0 }
 }
 
 /// A header's bytes with the right magic: otherwise the stream ends here.
@@ -199,7 +193,7 @@ fn status_payload(session: &Session, payload: &[u8]) -> Option<(u64, ContextSet)
 }
 
 fn check(session: &Session, asked: Asked, parsed: &Parsed, behind: &[u8], taken: usize) {
-    let payload_bytes = payload_bytes(session, asked).expect("judged, and so not closed");
+    let payload_bytes = payload_bytes(session, asked);
     let judged = if asked.kind == wire::CMD_BLOCK_STATUS && payload_bytes > 0 {
         let payload = behind.get(..payload_bytes as usize);
         match payload.and_then(|payload| status_payload(session, payload)) {

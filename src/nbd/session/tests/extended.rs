@@ -38,9 +38,12 @@ fn eh_01_02_05_extended_requests_have_64_bits_of_length() {
 }
 
 #[test]
-fn eh_03_a_write_without_payload_len_closes() {
-    let request = encode_extended_request(wire::CMD_WRITE, FUA, COOKIE, 0, 512);
-    assert!(matches!(parse_with(&extended(&[]), &request), Parsed::Close(_)));
+fn eh_03_a_write_without_payload_len_has_its_payload_all_the_same() {
+    let request = encode_extended_request(wire::CMD_WRITE, FUA, COOKIE, 512, 9);
+    let write = Command::Write { offset: 512, len: 9, fua: true };
+    assert_eq!(command_or_error(parse_with(&extended(&[]), &request), 0), Ok(write));
+    let past_end = encode_extended_request(wire::CMD_WRITE, 0, COOKIE, SIZE_BYTES, 9);
+    assert_eq!(command_or_error(parse_with(&extended(&[]), &past_end), 9), Err(NbdError::NoSpc));
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Replies in chunks: content, errors, status.
 
 use super::*;
-use crate::extent::{ContextExtents, Extent};
+use crate::extent::{ContextExtents, EXTENTS_MAX, Extent};
 use crate::nbd::client::{Chunk, parse_chunk};
 use crate::nbd::wire::Reader;
 
@@ -159,11 +159,11 @@ fn bs_09_long_extents_are_cut_for_32_bits_only() {
 
 #[test]
 fn nt_13_the_number_of_extents_is_bounded() {
-    assert_eq!((extents_max(1 << 40, false), extents_max(1 << 40, true)), (EXTENTS_MAX, 1));
+    assert_eq!((extents_max(1 << 40, false), extents_max(1 << 40, true)), (EXTENTS_MAX as u64, 1));
     assert_eq!((extents_max(1, false), extents_max(8192, false)), (2, 4));
     let many: Vec<_> = (0..3 * EXTENTS_MAX as u32).map(|index| (4096, index % 2)).collect();
     let answer = [ContextExtents { context: StatusContext::State, extents: extents(&many) }];
     for mode in MODES {
-        assert_eq!(statuses(mode, 1 << 40, false, &answer)[0].1.len() as u64, EXTENTS_MAX);
+        assert_eq!(statuses(mode, 1 << 40, false, &answer)[0].1.len(), EXTENTS_MAX);
     }
 }
