@@ -261,12 +261,19 @@ impl Shared<'_> {
     }
 }
 
-/// Sends one request and takes its reply, which is no error, with its payload. An error where the connection ends.
+/// NBD's ESHUTDOWN.
+const ESHUTDOWN: u32 = 108;
+
+/// Sends one request and takes its reply with its payload. An error where the connection ends, or where the request is
+/// refused because the engine stops; for nothing else a request is refused.
 fn exchange(stream: &mut UnixStream, request: &[u8], payload: &mut [u8]) -> Result<(), std::io::ErrorKind> {
     let mut reply = [0; 16];
     let mut steps = || {
         stream.write_all(request)?;
         stream.read_exact(&mut reply)?;
+        if reply[4..8] == ESHUTDOWN.to_be_bytes() {
+            return Err(std::io::ErrorKind::ConnectionAborted.into());
+        }
         assert_eq!(reply[4..8], [0; 4], "an error");
         stream.read_exact(payload)
     };

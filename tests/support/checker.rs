@@ -23,6 +23,8 @@ use super::nbd::{Client, Command, FUA, NO_HOLE, Reply};
 use super::rng::{Rng, mix};
 
 const SECTOR: u64 = 512;
+/// NBD's error of a server that is stopping.
+const ESHUTDOWN: u32 = 108;
 /// Most requests that one connection keeps in flight.
 const DEPTH_MAX: usize = 16;
 /// Violations described in full; the rest are counted.
@@ -371,6 +373,8 @@ impl<'a> Writer<'a> {
         let mut model = self.checker.model.lock().unwrap();
         let error = reply.error;
         match pending {
+            // Came while the daemon stops: not carried out, so the bytes stay what they were.
+            _ if error == ESHUTDOWN => {}
             _ if error != 0 => {
                 let what = match pending {
                     Pending::Write { offset, new, .. } => format!("write of {} bytes at {offset}", new.len()),

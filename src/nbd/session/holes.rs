@@ -86,6 +86,17 @@ mod tests {
         assert_eq!(all(0, &data), [(0..64 * K, false)]);
     }
 
+    #[test]
+    fn one_byte_is_enough_to_be_no_hole() {
+        for len in [1, 63, 64, 65, 511, 4096, 4097] {
+            for at in 0..len {
+                let mut data = vec![0; len];
+                data[at] = 0x80;
+                assert_eq!(all(100, &data), [(0..len, false)], "{at} of {len}");
+            }
+        }
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig { cases: 500, failure_persistence: None, ..ProptestConfig::default() })]
 
@@ -110,7 +121,7 @@ mod tests {
                 }
                 for edge in [range.start, range.end] {
                     let inner = edge != 0 && edge != data.len();
-                    prop_assert!(!inner || (offset + edge as u64) % BLOCK_BYTES == 0);
+                    prop_assert!(!inner || (offset + edge as u64).is_multiple_of(BLOCK_BYTES));
                 }
             }
             prop_assert_eq!(at, data.len());
