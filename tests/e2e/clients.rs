@@ -10,20 +10,11 @@ use std::time::Duration;
 use crate::support::daemon::{self, Volume, assert_same_bytes};
 use crate::support::nbd::{Client, Command};
 use crate::support::rng::Rng;
-use crate::support::skip;
-use crate::support::tools::{missing, run};
+use crate::support::tools::{lacks, run};
 
 const IMAGE_BYTES: u64 = 192 << 20;
 /// Folders of which the first that is there fills the ext4 image; each holds thousands of small files and links.
 const SYSTEM_FOLDERS: [&str; 3] = ["/usr/share/perl", "/usr/share/zoneinfo", "/usr/share/doc"];
-
-fn lacks(tools: &[&str]) -> bool {
-    let tool = missing(tools);
-    if let Some(tool) = tool {
-        skip(&format!("{tool} is not installed"));
-    }
-    tool.is_some()
-}
 
 /// An ext4 image of `IMAGE_BYTES` with a system folder in it.
 fn ext4_image(dir: &Path) -> PathBuf {

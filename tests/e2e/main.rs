@@ -2,6 +2,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
 mod clients;
+mod clients_libnbd;
+mod clients_qemu;
 mod faults;
 mod fio;
 mod kill;

@@ -8,6 +8,7 @@
 
 pub(crate) mod checker;
 pub(crate) mod daemon;
+pub(crate) mod image;
 pub(crate) mod nbd;
 pub(crate) mod nbd_chunks;
 pub(crate) mod recorder;

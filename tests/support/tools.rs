@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 use super::daemon::{Said, folder};
+use super::skip;
 
 /// How long a tool may take, seconds, as `timeout` wants it.
 const TOOL_S_MAX: &str = "180";
@@ -22,6 +23,15 @@ pub(crate) fn have(tool: &str) -> bool {
 /// The first of `tools` that is not installed.
 pub(crate) fn missing<'a>(tools: &[&'a str]) -> Option<&'a str> {
     tools.iter().copied().find(|tool| !have(tool))
+}
+
+/// Whether one of `tools` is not installed: the test is skipped then.
+pub(crate) fn lacks(tools: &[&str]) -> bool {
+    let tool = missing(tools);
+    if let Some(tool) = tool {
+        skip(&format!("{tool} is not installed"));
+    }
+    tool.is_some()
 }
 
 /// Whether this user is root.
