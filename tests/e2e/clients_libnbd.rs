@@ -36,7 +36,9 @@ fn nbdinfo_answers_scripts_by_its_exit_code() {
     let daemon = volume.start();
     let uri = daemon.uri();
     assert_eq!(run("nbdinfo", ["--size", &uri]).ok().trim(), VOLUME_BYTES.to_string());
-    for can in ["connect", "read", "write", "flush", "fua", "trim", "zero", "multi-conn"] {
+    for can in
+        ["connect", "read", "write", "flush", "fua", "trim", "zero", "fast-zero", "multi-conn", "cache", "df"]
+    {
         run("nbdinfo", ["--can", can, &uri]).ok();
     }
     for is in ["read-only", "rotational", "tls"] {
@@ -49,6 +51,59 @@ fn nbdinfo_answers_scripts_by_its_exit_code() {
     let exports = list["exports"].as_array().unwrap();
     assert!(exports.len() == 1 && exports[0]["export-name"] == NAME, "{list}");
     assert_eq!(exports[0]["export-size"], VOLUME_BYTES, "{list}");
+}
+
+/// What `nbdinfo --map` shows of a metadata context: first byte, length and type; neighbours of a type as one.
+fn map(context: &str, uri: &str) -> Vec<(u64, u64, u64)> {
+    let json = run("nbdinfo", ["--json", &format!("--map={context}"), uri]).ok();
+    let extents: Vec<serde_json::Value> = serde_json::from_str(&json).unwrap();
+    let mut merged: Vec<(u64, u64, u64)> = Vec::new();
+    for extent in extents {
+        let [offset, length, kind] = ["offset", "length", "type"].map(|name| extent[name].as_u64().unwrap());
+        assert_eq!(offset, merged.last().map_or(0, |last| last.0 + last.1), "a gap: {json}");
+        match merged.last_mut() {
+            Some(last) if last.2 == kind => last.1 += length,
+            _ => merged.push((offset, length, kind)),
+        }
+    }
+    merged
+}
+
+#[test]
+fn nbdinfo_draws_the_mirror() {
+    const HOLE_AND_ZERO: u64 = 3;
+    const DIRTY: u64 = 1;
+    const OUT_OF_SYNC: u64 = 2;
+    if lacks(&["nbdinfo"]) {
+        return;
+    }
+    let volume = Volume::new(VOLUME_BYTES, &[]);
+    let daemon = volume.start();
+    let uri = daemon.uri();
+    assert_eq!(map("base:allocation", &uri), [(0, VOLUME_BYTES, HOLE_AND_ZERO)]);
+    for context in ["nbdmirror:state", "nbdmirror:stale/0", "nbdmirror:stale/1"] {
+        assert_eq!(map(context, &uri), [(0, VOLUME_BYTES, 0)], "{context}");
+    }
+    daemon.verb("fail", &volume.replicas[1]).ok();
+    let mut client = daemon.client();
+    client.write(20 * MIB, &vec![7; 2 * MIB as usize]).unwrap();
+    // Regions are of 1 MiB.
+    let missed =
+        |kind| vec![(0, 20 * MIB, 0), (20 * MIB, 2 * MIB, kind), (22 * MIB, VOLUME_BYTES - 22 * MIB, 0)];
+    assert_eq!(map("nbdmirror:state", &uri), missed(DIRTY | OUT_OF_SYNC));
+    assert_eq!(map("nbdmirror:stale/1", &uri), missed(1));
+    assert_eq!(map("nbdmirror:stale/0", &uri), [(0, VOLUME_BYTES, 0)]);
+    let allocated: Vec<_> =
+        map("base:allocation", &uri).iter().map(|(at, len, kind)| (*at, *len, 3 - kind)).collect();
+    assert_eq!(allocated, missed(HOLE_AND_ZERO));
+    daemon.verb("add", &volume.replicas[1]).ok();
+    daemon.wait_in_sync();
+    assert_eq!(map("nbdmirror:stale/1", &uri), [(0, VOLUME_BYTES, 0)]);
+    assert!(map("nbdmirror:state", &uri).iter().all(|extent| extent.2 & OUT_OF_SYNC == 0));
+    let unknown = run("nbdinfo", ["--map=nbdmirror:stale/7", &uri]);
+    assert!(!unknown.status.success() && unknown.err.contains("does not support"), "{unknown:?}");
+    daemon.stop();
+    volume.assert_identical();
 }
 
 #[test]
@@ -90,9 +145,11 @@ fn nbdcopy_keeps_holes() {
     assert!(occupied < VOLUME_BYTES * 3 / 4, "no room for holes here: {occupied}");
     let fresh = allocated_bytes(&volume.replicas[0]);
     let daemon = volume.start();
-    run("nbdcopy", ["--connections=4", "--flush", text(&image), &daemon.uri()]).ok();
+    // --sparse=0: nbdcopy does not look for zeroes itself; holes are what the file and the server say they are.
+    let ask = ["--connections=4", "--sparse=0"];
+    run("nbdcopy", [&ask[..], &["--flush", text(&image), &daemon.uri()]].concat()).ok();
     let back = volume.path("back.raw");
-    run("nbdcopy", ["--connections=4", &daemon.uri(), text(&back)]).ok();
+    run("nbdcopy", [&ask[..], &[&daemon.uri(), text(&back)]].concat()).ok();
     daemon.stop();
     assert_holds(&volume, &image);
     assert_same_bytes(&image, &back, VOLUME_BYTES);

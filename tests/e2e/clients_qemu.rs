@@ -77,6 +77,42 @@ fn qemu_img_carries_images_in_and_out() {
     volume.assert_identical();
 }
 
+/// What `qemu-img map` shows of a metadata context: first byte, length, and whether it calls that data.
+fn map(context: &str, daemon: &Daemon) -> Vec<(u64, u64, bool)> {
+    let image = format!(
+        "driver=nbd,server.type=unix,server.path={},export={NAME},x-dirty-bitmap={context}",
+        daemon.socket.display()
+    );
+    let json = qemu_img(&["map", "--output=json", "--image-opts", &image]);
+    let extents: Vec<serde_json::Value> = serde_json::from_str(&json).unwrap();
+    let of = |extent: &serde_json::Value| {
+        (
+            extent["start"].as_u64().unwrap(),
+            extent["length"].as_u64().unwrap(),
+            extent["data"].as_bool().unwrap(),
+        )
+    };
+    extents.iter().map(of).collect()
+}
+
+#[test]
+fn qemu_img_maps_data_and_what_a_replica_misses() {
+    if lacks(&["qemu-img"]) {
+        return;
+    }
+    let volume = Volume::new(VOLUME_BYTES, &[]);
+    let daemon = volume.start();
+    daemon.verb("fail", &volume.replicas[1]).ok();
+    daemon.client().write(8 * MIB, &vec![7; 4 * MIB as usize]).unwrap();
+    let there = |yes: bool| {
+        vec![(0, 8 * MIB, !yes), (8 * MIB, 4 * MIB, yes), (12 * MIB, VOLUME_BYTES - 12 * MIB, !yes)]
+    };
+    assert_eq!(map("base:allocation", &daemon), there(true));
+    // QEMU takes the lowest bit as "no data" whatever the context.
+    assert_eq!(map("nbdmirror:stale/1", &daemon), there(false));
+    daemon.stop();
+}
+
 /// Asserts that `len` bytes of `left` from `left_at` are those of `right` from `right_at`.
 fn assert_same_ranges(left: &Path, left_at: u64, right: &Path, right_at: u64, len: u64) {
     let [a, b] = [(left, left_at), (right, right_at)].map(|(path, at)| {
