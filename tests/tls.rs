@@ -106,6 +106,23 @@ fn tls_04_export_name_without_tls_ends_the_session() {
 }
 
 #[test]
+fn tls_06_what_was_negotiated_in_clear_is_forgotten() {
+    const STRUCTURED_REPLY: u32 = 8;
+    const SET_META_CONTEXT: u32 = 10;
+    // The empty export name, one query.
+    let query = [&[0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 15][..], b"base:allocation"].concat();
+    let bench = bench();
+    let (_daemon, address) = serve(&bench, &["--tls", "allow"]);
+    let mut stream = connect(address);
+    greet(&mut stream).unwrap();
+    assert_eq!(option(&mut stream, STRUCTURED_REPLY, &[]).unwrap(), ACK);
+    let mut stream = begin_tls(stream, &trust(&bench, None)).unwrap();
+    assert_eq!(option(&mut stream, SET_META_CONTEXT, &query).unwrap(), ERR_INVALID);
+    assert_eq!(option(&mut stream, STRUCTURED_REPLY, &[]).unwrap(), ACK);
+    assert_eq!(option(&mut stream, SET_META_CONTEXT, &query).unwrap(), ACK);
+}
+
+#[test]
 fn where_tls_is_allowed_both_are_served_and_off_is_off() {
     let bench = bench();
     let (daemon, address) = serve(&bench, &["--tls", "allow"]);

@@ -168,15 +168,20 @@ impl Client {
         (self.buffer, self.start, self.end) = (Some(buffer), 0, end);
     }
 
-    /// Takes back a payload that the kernel has received into.
-    pub(super) fn took_payload(&mut self, incoming: Incoming) {
+    /// Takes back a payload that the kernel has received into. Gives what it was charged, to be released, where reading
+    /// has ended meanwhile.
+    #[must_use]
+    pub(super) fn took_payload(&mut self, incoming: Incoming) -> u64 {
         match self.stage {
             Stage::Lent(cost) => {
                 assert!(cost == incoming.cost);
                 self.stage = Stage::Payload(incoming);
+                0
             }
-            // Given up meanwhile, its charge with it.
-            Stage::Ended => {}
+            Stage::Ended => {
+                self.held_bytes -= incoming.cost;
+                incoming.cost
+            }
             Stage::Header | Stage::Payload(_) | Stage::Skip { .. } => unreachable!("lent once"),
         }
     }
@@ -201,8 +206,9 @@ impl Client {
     #[must_use]
     pub(super) fn end_reading(&mut self) -> u64 {
         let cost = match std::mem::replace(&mut self.stage, Stage::Ended) {
-            Stage::Payload(Incoming { cost, .. }) | Stage::Lent(cost) => cost,
-            Stage::Skip { .. } => 0,
+            Stage::Payload(Incoming { cost, .. }) => cost,
+            // The memory is in use until the kernel gives it back: `took_payload` releases the charge.
+            Stage::Lent(_) | Stage::Skip { .. } => 0,
             Stage::Header | Stage::Ended => return 0,
         };
         self.unanswered -= 1;

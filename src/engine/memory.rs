@@ -6,8 +6,10 @@
 //! 1. A request of at most `GUARANTEED_BYTES` on a connection that holds nothing is always taken: many slow clients
 //!    with large requests cannot starve the small ones. This may go over the budget, by 64 KiB a connection.
 //! 2. Where nothing is held at all, anything is taken: no deadlock, however small the budget.
-//! 3. Otherwise it must fit, in the connection's share (a quarter; a lone request may be larger) and in the whole.
-//! 4. Who does not fit in the whole waits in line, and others behind it; one request a turn of the line.
+//! 3. A quarter of the budget is kept for requests of at most `RESERVED_FOR_BYTES` on connections that hold nothing: they
+//!    do not stand in line where they fit. So clients that stall on large requests cost only each other.
+//! 4. Otherwise it must fit, in the connection's share (a quarter; a lone request may be larger) and in the other three quarters.
+//! 5. Who does not fit waits in line, and others behind it; one request a turn of the line.
 //!
 //! While somebody waits, a connection that holds memory and whose peer moves no byte for `STALL_NS` is closed:
 //! see `sweep`. With nobody waiting the slowest client is left alone.
@@ -21,6 +23,8 @@ use crate::units::{BLOCK_BYTES, SECOND_NS};
 
 /// Small requests that every connection may have one of, bytes.
 pub(super) const GUARANTEED_BYTES: u64 = 64 << 10;
+/// Requests up to this find room when larger ones wait, one a connection, bytes.
+const RESERVED_FOR_BYTES: u64 = 1 << 20;
 /// How long a peer may move nothing while others wait for the memory that it holds, nanoseconds.
 pub(super) const STALL_NS: u64 = 10 * SECOND_NS;
 /// Requests of one connection that are not answered yet, at most.
@@ -53,12 +57,14 @@ impl Budget {
     /// Asks for `cost` bytes for a connection that holds `held` and, where `at_front`, has just come out of the
     /// line.
     pub(super) fn admit(&mut self, held: u64, cost: u64, at_front: bool) -> Admission {
-        let small = held == 0 && cost <= GUARANTEED_BYTES;
-        if !small && self.used_bytes > 0 && cost > 0 {
+        let first = |bytes_max| held == 0 && cost <= bytes_max;
+        let always = first(GUARANTEED_BYTES) || self.used_bytes == 0 || cost == 0;
+        let reserved = first(RESERVED_FOR_BYTES) && self.used_bytes + cost <= self.bytes_max;
+        if !always && !reserved {
             if held > 0 && held + cost > self.bytes_max / 4 {
                 return Admission::OwnShareFull;
             }
-            let fits = self.used_bytes + cost <= self.bytes_max;
+            let fits = self.used_bytes + cost <= self.bytes_max - self.bytes_max / 4;
             if !fits || (!at_front && !self.line.is_empty()) {
                 return Admission::Wait;
             }
@@ -119,22 +125,26 @@ mod tests {
     #[test]
     fn large_requests_wait_in_line_and_small_ones_pass() {
         let mut budget = Budget::new(256 * MIB);
-        for _ in 0..8 {
+        for _ in 0..6 {
             assert_eq!(budget.admit(0, 32 * MIB, false), Admission::Granted);
         }
-        assert_eq!(budget.admit(0, MIB, false), Admission::Wait);
+        assert_eq!(budget.admit(0, 2 * MIB, false), Admission::Wait);
         let mut slab = Slab::new();
         let waiting = slab.insert(());
         budget.stand_in_line(waiting, false);
         assert_eq!(budget.admit(0, 4096, false), Admission::Granted);
         assert_eq!(budget.admit(4096, 4096, false), Admission::Wait);
-        budget.release(4096);
+        for _ in 0..63 {
+            assert_eq!(budget.admit(0, MIB, false), Admission::Granted, "what is kept for these");
+        }
+        assert_eq!(budget.admit(0, MIB, false), Admission::Wait);
+        budget.release(4096 + 63 * MIB);
         budget.release(32 * MIB);
         assert_eq!(budget.admit(MIB, MIB, false), Admission::Wait); // behind the line
         assert_eq!(budget.next_in_line(), Some(waiting));
         assert_eq!(budget.admit(0, MIB, true), Admission::Granted);
         assert!(!budget.is_waited_for());
-        assert_eq!(budget.used_bytes(), 225 * MIB);
+        assert_eq!(budget.used_bytes(), 161 * MIB);
     }
 
     #[test]

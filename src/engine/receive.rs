@@ -80,7 +80,8 @@ impl DataPlane {
             }
             Into::Payload(mut incoming) => {
                 incoming.filled += count;
-                client.took_payload(incoming);
+                let cost = client.took_payload(incoming);
+                self.budget.release(cost);
             }
         }
         let Some(client) = self.clients.get_mut(key) else { return };

@@ -33,13 +33,18 @@ fn choose_plan(rng: &mut Rng) -> Plan {
     Plan { window: start..start + WINDOW_BYTES, connections: CONNECTIONS, stripe_bytes, seed: rng.next() }
 }
 
-/// Writes for `ms` milliseconds, then kills the daemon.
+/// Writes for `ms` milliseconds, and until something is acknowledged; then kills the daemon.
 fn write_and_kill(daemon: Daemon, checker: &Checker, plan: &Plan, ms: u64) -> Counts {
     let socket = daemon.socket.clone();
     let never = AtomicBool::new(false);
+    checker.count_anew();
     std::thread::scope(|scope| {
         let writing = scope.spawn(|| checker.write(&socket, plan, &never));
         std::thread::sleep(Duration::from_millis(ms));
+        // On a busy machine the first answer may come later than that.
+        while checker.counts().acknowledged == 0 && !writing.is_finished() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
         daemon.kill();
         writing.join().unwrap()
     })

@@ -51,6 +51,7 @@ mod cases_tf;
 
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::{Duration, Instant};
 
 use ground::Ground;
 use link::Mode;
@@ -82,15 +83,23 @@ const ALL: &[&[Case]] = &[
     cases_nt::CASES,
 ];
 
+/// Where each case of a broken server hangs, a section ends here.
+const SECTION_MAX: Duration = Duration::from_secs(150);
+
 /// Runs cases in turn on one daemon; fails with the names of all that failed.
 fn run(mode: Mode, files: &[&[Case]]) {
     let filter = std::env::var("NBD_CASE").unwrap_or_default();
     let mut ground = Ground::new(mode);
     let mut failed = Vec::new();
     let mut passed = 0;
+    let started = Instant::now();
     for (name, case) in files.concat() {
         if !name.contains(&filter) {
             continue;
+        }
+        if started.elapsed() > SECTION_MAX {
+            failed.push(format!("{name} and what follows: not run, the section takes too long"));
+            break;
         }
         let outcome = attempt(|| case(&ground)).map_err(|why| format!("{name}: {why}"));
         let harm = attempt(|| ground.unharmed()).map_err(|why| format!("{name}: HARM DONE: {why}"));

@@ -188,6 +188,17 @@ impl Raw {
         }
     }
 
+    /// Waits until `len` bytes have come (TCP), without taking them.
+    pub(crate) fn wait_unread(&mut self, len: usize) {
+        let Socket::Tcp(stream) = &self.socket else { panic!("only TCP peeks") };
+        let deadline = std::time::Instant::now() + SILENCE_MAX;
+        let mut bytes = vec![0; len];
+        while stream.peek(&mut bytes).unwrap_or_else(|error| panic!("no answer: {error}")) < len {
+            assert!(std::time::Instant::now() < deadline, "fewer than {len} bytes come");
+            std::thread::sleep(Duration::from_micros(100));
+        }
+    }
+
     /// How long the server may be silent from now on.
     pub(crate) fn set_read_timeout(&mut self, timeout: Duration) {
         match &self.socket {

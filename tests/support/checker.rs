@@ -118,15 +118,25 @@ impl Checker {
         Self { size_bytes, model: Mutex::new(model) }
     }
 
+    /// What has happened since the count was begun anew, also while writes go on.
+    pub(crate) fn counts(&self) -> Counts {
+        self.model.lock().unwrap().counts
+    }
+
+    /// Begins the count anew, as `write` does.
+    pub(crate) fn count_anew(&self) {
+        self.model.lock().unwrap().counts = Counts::default();
+    }
+
     /// Writes until the connections are lost or `stop` is set, in which case what is in flight is finished.
     pub(crate) fn write(&self, socket: &Path, plan: &Plan, stop: &AtomicBool) -> Counts {
-        self.model.lock().unwrap().counts = Counts::default();
+        self.count_anew();
         std::thread::scope(|scope| {
             for connection in 0..plan.connections {
                 scope.spawn(move || Writer::new(self, plan, connection).run(socket, stop));
             }
         });
-        self.model.lock().unwrap().counts
+        self.counts()
     }
 
     /// Reads the whole volume and says what is wrong, one line each; writes in doubt are settled by what is read.

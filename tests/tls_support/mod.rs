@@ -122,8 +122,8 @@ pub(crate) fn option(stream: &mut (impl Read + Write), code: u32, data: &[u8]) -
         let number = |at: usize| u32::from_be_bytes(header[at..at + 4].try_into().unwrap());
         let mut text = vec![0; number(16) as usize];
         stream.read_exact(&mut text)?;
-        // A server's name, and information, are followed by more.
-        if !matches!(number(12), 2 | 3) {
+        // A server's name, information, and a metadata context are followed by more.
+        if !matches!(number(12), 2..=4) {
             return Ok(number(12));
         }
     }
