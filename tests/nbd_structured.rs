@@ -144,7 +144,7 @@ fn sr_02_03_06_eh_04_05_09_errors_are_chunks_and_the_connection_goes_on() {
     for (mut client, extended) in clients(&daemon).into_iter().zip([false, true]) {
         let end = VOLUME_BYTES;
         assert_eq!(error(client.read(0, end - 512, 1024)), (EINVAL, Some(end)));
-        assert_eq!(error(client.read(0, u64::MAX, 512)), (EINVAL, Some(u64::MAX)));
+        assert_eq!(error(client.read(0, u64::MAX, 512)), (EINVAL, None));
         assert_eq!(error(client.read(1 << 9, 0, 512)), (EINVAL, None));
         assert_eq!(error(client.read(0, 0, 32 * MIB + 1)), (EINVAL, None));
         assert_eq!(error(client.write(end - 512, &[1; 1024])), (ENOSPC, Some(end)));

@@ -90,7 +90,8 @@ fn attach_commands(text: &mut String, place: &Place, name: &str, secure: bool) {
         Place::Tcp(address) => format!("{} {}", address.ip(), address.port()),
     };
     text.push_str("attach with one of\n");
-    let _ = writeln!(text, "  nbd-client {nbd_client} /dev/nbd0 -name {} -connections 4", shell_word(name));
+    let _ = writeln!(text, "  nbdmirror attach {}", shell_word(name));
+    let _ = writeln!(text, "  nbd-client {nbd_client} /dev/nbd0 -name {}", shell_word(name));
     let _ = writeln!(text, "  qemu-system-x86_64 -drive format=raw,if=virtio,file={uri}");
     let _ = writeln!(text, "  fio --name=test --ioengine=nbd --uri={uri} --rw=randread --bs=4k --iodepth=32");
 }

@@ -27,10 +27,8 @@ h.set_strict_mode(0)
 h.zero(SIZE, 0)
 h.pwrite(PATTERN, 0)
 h.pwrite(PATTERN[:512], SIZE - 512)
-places = [("past", SIZE), ("over", SIZE - 512)]
-if not h.get_structured_replies_negotiated():
-    # With structured replies libnbd 1.14 overflows in its own check of the error's offset, and hangs up.
-    places.append(("wrap", 2**64 - 512))
+# The last range leaves 64 bits: libnbd 1.14 hangs up where the error names an offset there.
+places = [("past", SIZE), ("over", SIZE - 512), ("wrap", 2**64 - 512)]
 for what, offset in places:
     expect(f"read {what}", errno.EINVAL, h.pread, 1024, offset)
     expect(f"trim {what}", errno.EINVAL, h.trim, 1024, offset)
