@@ -57,6 +57,10 @@ const REGRESSIONS: &[(u64, &str)] = &[
         "no bug: one that joined by a commit which did not reach it is lost with the replica that has it",
     ),
     (
+        925_514_547_695,
+        "no bug: a disk turns back while the other flushes go on; what it misses is not known before they end",
+    ),
+    (
         21_000_249,
         "a read that was in flight when its replica's flush failed is believed, though the cache has been dropped",
     ),

@@ -125,7 +125,8 @@ impl World {
         Ok(())
     }
 
-    /// Of the replicas that take writes; what others miss is in the sums.
+    /// Of the replicas that take writes; what others miss is in the sums. Nor is a disk judged that turned back what a failed
+    /// flush of it was to keep: the replica leaves, and what it misses is known, when the flushes of the others have ended.
     fn promise_2_stale_is_shown(
         &self,
         id: u64,
@@ -139,8 +140,12 @@ impl World {
         if !daemon.in_sync.union(daemon.resyncing).contains(slot) {
             return Ok(());
         }
+        let turned_back = |disk: usize| self.disks[disk].disk.has_turned_back(self.plan.volume_bytes);
+        if turned_back(disk) {
+            return Ok(());
+        }
         let image = self.disks[disk].disk.image();
-        for other in self.in_sync_disks() {
+        for other in self.in_sync_disks().into_iter().filter(|other| !turned_back(*other)) {
             for block in differing_blocks(image, self.disks[other].disk.image(), self.plan.volume_bytes) {
                 let range = ByteRange::new(block * BLOCK_BYTES, BLOCK_BYTES);
                 let in_flight = daemon.ops.values().any(|op| op.writes() && op.range.overlaps(range))
