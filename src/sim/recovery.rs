@@ -18,6 +18,24 @@ const CRASHES_JUDGED_ONE_IN: u64 = 12;
 const ORACLES_ASKED_ONE_IN: u64 = 4;
 
 impl World {
+    /// Whether a replica shows that it lost what it was to flush, and would be trusted by a start now: it is about to be failed,
+    /// or that is not on every disk in sync yet.
+    pub(super) fn holder_turned_back(&self) -> bool {
+        let in_sync = self.in_sync_disks();
+        let recorded = |slot: ReplicaSlot| {
+            in_sync.iter().filter_map(|holder| self.find(*holder).ok().flatten()).all(|found| {
+                let member = found.superblock.members[slot.index()].as_ref();
+                member.is_none_or(|member| member.state != MemberState::InSync)
+            })
+        };
+        let trusted = |disk: usize| {
+            let own = self.find(disk).ok().flatten();
+            in_sync.contains(&disk) || own.is_some_and(|own| !recorded(own.superblock.slot))
+        };
+        let turned_back = |disk: &usize| self.disks[*disk].disk.has_turned_back(self.plan.volume_bytes);
+        (0..self.disks.len()).filter(turned_back).any(trusted)
+    }
+
     /// Promise 7: were the daemon killed or the power cut now, the next start would be right.
     pub(super) fn promise_7_recovery_now(&mut self) -> Checked {
         self.looks += 1;

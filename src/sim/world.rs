@@ -540,12 +540,6 @@ impl World {
         self.clients.iter_mut().for_each(Client::forget);
     }
 
-    /// Whether a replica in sync shows that it lost what it was to flush: it is about to be failed.
-    pub(super) fn holder_turned_back(&self) -> bool {
-        let volume = self.plan.volume_bytes;
-        self.in_sync_disks().iter().any(|disk| self.disks[*disk].disk.has_turned_back(volume))
-    }
-
     /// A replica that counts as in sync by the others' word only (the commit in which it joined did not reach it) is refused
     /// alone, and rightly. So it is no holder while there is another.
     fn keep_sure_holders(&mut self) {
