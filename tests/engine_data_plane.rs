@@ -5,6 +5,7 @@
 mod support;
 
 use std::io::Write;
+use std::net::Shutdown;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -216,6 +217,38 @@ fn greedy_clients_share_a_bounded_memory() {
     drop(greedy);
     world.wait_for_connections(1);
     world.stop();
+}
+
+/// A write of 128 KiB of sevens is held back for want of memory; a later one of eights to its beginning is done; then the
+/// first one's client leaves in a way, and there is room again. What is read then.
+fn after_a_client_leaves_while_held_back(leave: Shutdown) -> Vec<u8> {
+    let world = World::new(4 << 20);
+    let mut full = world.connect();
+    full.send(READ, 0, 1, 0, 4 << 20, &[]);
+    assert_eq!(full.reply(), (1, 0)); // its payload stands in the way
+    let mut leaver = world.connect();
+    leaver.send(WRITE, 0, 2, 0, 128 << 10, &[7; 128 << 10]);
+    let mut other = world.connect();
+    other.write(0, &[8; 4096]);
+    leaver.stream.shutdown(leave).unwrap();
+    full.payload(4 << 20);
+    if leave == Shutdown::Write {
+        assert_eq!(leaver.reply(), (2, 0));
+    }
+    world.wait_for_connections(2);
+    let read = other.read(0, 8192);
+    world.stop();
+    read
+}
+
+#[test]
+fn what_is_held_back_is_dropped_when_its_client_has_hung_up() {
+    // It may have sent it again elsewhere, and newer writes after it.
+    let read = after_a_client_leaves_while_held_back(Shutdown::Both);
+    assert!(read == [[8; 4096], [0; 4096]].concat(), "{:?}", &read[..2]);
+    // One that sends nothing more and goes on listening is served.
+    let read = after_a_client_leaves_while_held_back(Shutdown::Write);
+    assert!(read == [7; 8192], "{:?}", &read[..2]);
 }
 
 #[test]

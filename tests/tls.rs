@@ -261,6 +261,34 @@ fn sighup_reads_the_files_again_for_new_connections() {
 }
 
 #[test]
+fn a_slow_reload_takes_nothing_back_from_a_later_one() {
+    let bench = bench();
+    let dir = bench.path("");
+    authority(&dir, "other");
+    certificate(&dir, "our", "dismissed", 30);
+    certificate(&dir, "other", "friend", 30);
+    std::fs::copy(bench.path("our-ca.pem"), bench.path("clients.pem")).unwrap();
+    let (daemon, address) = serve(&bench, &["--tls", "require", "--tls-client-ca", "clients.pem"]);
+    let connect = |identity| TlsClient::try_new(address, &trust(&bench, Some(identity)));
+    connect("dismissed").unwrap().write(0, b"data");
+    // The first reload finds a file that is long in coming.
+    nix::unistd::mkfifo(&bench.path("slow"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    std::fs::rename(bench.path("slow"), bench.path("clients.pem")).unwrap();
+    daemon.signal("HUP");
+    let mut slow = std::fs::File::options().write(true).open(bench.path("clients.pem")).unwrap();
+    std::fs::copy(bench.path("other-ca.pem"), bench.path("new")).unwrap();
+    std::fs::rename(bench.path("new"), bench.path("clients.pem")).unwrap();
+    daemon.signal("HUP");
+    bench.wait_until("reloaded", || log(&bench).contains("read again"));
+    assert!(connect("dismissed").is_err());
+    slow.write_all(&std::fs::read(bench.path("our-ca.pem")).unwrap()).unwrap();
+    drop(slow);
+    bench.wait_until("both ended", || log(&bench).matches("SIGHUP:").count() == 2);
+    assert!(connect("dismissed").is_err(), "{}", log(&bench));
+    assert_eq!(connect("friend").unwrap().read(0, 4), b"data");
+}
+
+#[test]
 fn a_half_closed_client_gets_what_it_asked_for() {
     let bench = bench();
     let (_daemon, address) = serve(&bench, &["--tls", "require"]);

@@ -6,13 +6,15 @@
 //!             └──────────┘
 //! ```
 //!
-//! What must hold: TLS 1.2 at least. No session is resumed: a client whose certificate has run out or whose
+//! What must hold: TLS 1.2 at least. A reload that began earlier takes nothing back from one that began later, however long
+//! its files were in coming. No session is resumed: a client whose certificate has run out or whose
 //! authority has been taken away is not let in by a ticket of better days. (A handshake more is nothing to
 //! connections that last for days.)
 
 use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use rustls::crypto::CryptoProvider;
@@ -42,7 +44,16 @@ pub struct TlsFiles {
 #[derive(Debug)]
 pub struct Tls {
     files: TlsFiles,
-    current: RwLock<Arc<ServerConfig>>,
+    current: RwLock<Current>,
+    /// Loads begun so far.
+    begun: AtomicU64,
+}
+
+#[derive(Debug)]
+struct Current {
+    config: Arc<ServerConfig>,
+    /// Which load it is of.
+    load: u64,
 }
 
 impl Tls {
@@ -51,23 +62,27 @@ impl Tls {
     /// # Errors
     /// Names the file and what is wrong with it.
     pub fn load(files: TlsFiles) -> Result<Self, Failure> {
-        let current = RwLock::new(Arc::new(server_config(&files)?));
-        Ok(Self { files, current })
+        let current = Current { config: Arc::new(server_config(&files)?), load: 0 };
+        Ok(Self { files, current: RwLock::new(current), begun: AtomicU64::new(0) })
     }
 
-    /// Reads the files again, for connections from now on.
+    /// Reads the files again, for connections from now on. Where a later call was done earlier, that one's files stay.
     ///
     /// # Errors
     /// As with `load`; then nothing has changed.
     pub fn reload(&self) -> Result<(), Failure> {
+        let load = self.begun.fetch_add(1, Ordering::Relaxed) + 1;
         let config = Arc::new(server_config(&self.files)?);
-        *self.current.write().unwrap_or_else(PoisonError::into_inner) = config;
+        let mut current = self.current.write().unwrap_or_else(PoisonError::into_inner);
+        if load > current.load {
+            *current = Current { config, load };
+        }
         Ok(())
     }
 
     /// What a new connection is to be served with.
     pub(super) fn current(&self) -> Arc<ServerConfig> {
-        Arc::clone(&self.current.read().unwrap_or_else(PoisonError::into_inner))
+        Arc::clone(&self.current.read().unwrap_or_else(PoisonError::into_inner).config)
     }
 }
 

@@ -13,17 +13,17 @@
 //!
 //! The lock closes the race between two daemons that both find a dead socket.
 
-use std::fs::{File, OpenOptions, Permissions};
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, AtFlags, Flock, FlockArg};
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
-use nix::sys::stat::{Mode, fchmod};
+use nix::sys::stat::{FchmodatFlags, Mode, fchmod, fchmodat};
 use nix::unistd::{Gid, Uid, fchownat};
 
 use super::failure::Failure;
@@ -107,8 +107,8 @@ impl UnixSocket {
                     .hint("only root may give it to another user; others may give it to a group that they are in")
             })?;
         }
-        std::fs::set_permissions(path, Permissions::from_mode(access.mode.bits())).map_err(|error| {
-            Failure::new(format!("cannot set the mode of the socket {}: {error}", path.display()))
+        fchmodat(AT_FDCWD, path, access.mode, FchmodatFlags::NoFollowSymlink).map_err(|errno| {
+            Failure::new(format!("cannot set the mode of the socket {}: {}", path.display(), errno.desc()))
         })
     }
 
@@ -218,6 +218,9 @@ fn clear_dead_socket(path: &Path) -> Result<(), Failure> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::Permissions;
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     #[test]
@@ -265,5 +268,20 @@ mod tests {
             assert_eq!(std::fs::metadata(socket.path()).unwrap().permissions().mode() & 0o7777, mode);
             UnixStream::connect(socket.path()).unwrap();
         }
+    }
+
+    /// In a folder where others may write, the name may be another thing by the time that it gets its mode.
+    #[test]
+    fn a_mode_goes_through_no_link() {
+        let dir = tempfile::tempdir().unwrap();
+        let victim = dir.path().join("victim");
+        std::fs::write(&victim, "secret").unwrap();
+        std::fs::set_permissions(&victim, Permissions::from_mode(0o600)).unwrap();
+        let socket = UnixSocket::bind(&dir.path().join("v.sock"), SocketAccess::PRIVATE).unwrap();
+        std::fs::remove_file(socket.path()).unwrap();
+        std::os::unix::fs::symlink(&victim, socket.path()).unwrap();
+        let access = SocketAccess { mode: Mode::from_bits_truncate(0o666), ..SocketAccess::PRIVATE };
+        assert!(socket.give_away(access).is_err());
+        assert_eq!(std::fs::metadata(&victim).unwrap().permissions().mode() & 0o777, 0o600);
     }
 }

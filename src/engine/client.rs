@@ -8,13 +8,17 @@
 //!   └─► Ended: DISC, wrong magic, end of stream; nothing is read any more
 //! ```
 //!
+//! Requests that had to wait (for memory, or for earlier ones of their connection) are begun only if their client is still
+//! there: one that hung up may have sent them again elsewhere, and newer writes after them.
 //! While the engine stops, requests go on being read, and each is refused with ESHUTDOWN.
 //!
 //! What must hold: `unanswered` counts the requests whose reply has not been sent or dropped, `held_bytes` what they
 //! are charged; a connection is let go only when both are zero and the ring has nothing of it.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::handle::Counted;
 use super::memory::{Admission, CLIENT_REQUESTS_MAX, payload_cost};
@@ -110,6 +114,8 @@ pub(super) struct Client {
     pub shut: bool,
     /// The engine stops: requests are refused.
     pub stopping: bool,
+    /// Requests had to wait, here or in the socket, and may still do so.
+    pub held_back: bool,
     /// When the peer last moved a byte, or work for it began.
     pub moved_at: Nanos,
     /// Bytes to be received at a time; grows with use.
@@ -138,6 +144,7 @@ impl Client {
             broken: false,
             shut: false,
             stopping: false,
+            held_back: false,
             moved_at: now,
             buffer_bytes: BUFFER_BYTES_MIN,
             stage: Stage::Header,
@@ -150,6 +157,15 @@ impl Client {
     /// The socket's descriptor; open as long as `self`.
     pub(super) fn raw_fd(&self) -> RawFd {
         self.fd.as_raw_fd()
+    }
+
+    /// Whether the peer has closed the connection both ways (or it broke), so that it will never see a reply. A peer that
+    /// has only sent its last request is still there. Over TCP the two look alike until a reply was sent.
+    pub(super) fn has_hung_up(&self) -> bool {
+        let mut polled = [PollFd::new(self.fd.as_fd(), PollFlags::empty())];
+        let _ = poll(&mut polled, PollTimeout::ZERO);
+        let gone = PollFlags::POLLHUP | PollFlags::POLLERR;
+        polled[0].revents().is_some_and(|events| events.intersects(gone))
     }
 
     /// Takes bytes that were received before the connection came here.

@@ -68,11 +68,13 @@ impl DataPlane {
         let Some(client) = self.clients.get_mut(key) else { unreachable!("kept while it is receiving") };
         client.receiving = None;
         let count = result.max(0) as usize;
+        let mut caught_up = false;
         match receive.into {
             Into::Buffer { buffer, filled } => {
                 let capacity = buffer.len();
                 client.took_buffer(buffer, filled + count);
-                if filled + count == capacity {
+                caught_up = count > 0 && filled + count < capacity;
+                if !caught_up {
                     client.buffer_bytes =
                         (capacity * BUFFER_GROWTH).clamp(BUFFER_BYTES_MIN, BUFFER_BYTES_MAX);
                     self.sweep_within(IDLE_NS);
@@ -103,7 +105,27 @@ impl DataPlane {
                 }
             }
         }
+        self.drop_if_stale(key);
+        if let Some(client) = self.clients.get_mut(key) {
+            client.held_back &= !caught_up;
+        }
         self.parse(key, false);
+    }
+
+    /// Gives a connection up whose requests had to wait and whose peer has hung up meanwhile. What it sends elsewhere comes
+    /// after this look, so it is begun after what is begun now.
+    fn drop_if_stale(&mut self, key: Key) {
+        let Some(client) = self.clients.get(key) else { return };
+        if client.held_back && client.is_reading() && client.has_hung_up() {
+            tracing::info!("{}: hung up; requests that had to wait are dropped", client.peer);
+            self.break_off(key);
+        }
+    }
+
+    /// As `parse`, for a connection that may have been held back.
+    pub(super) fn resume(&mut self, key: Key, at_front: bool) {
+        self.drop_if_stale(key);
+        self.parse(key, at_front);
     }
 
     /// Deals with everything that has been received and may be begun; then receives more where that is the way on.
@@ -128,8 +150,12 @@ impl DataPlane {
                     let head = client.session.encode_error(tag, error, message, at);
                     self.reply(key, head, None, cost);
                 }
-                Next::OwnShareFull => return,
+                Next::OwnShareFull => {
+                    client.held_back = true;
+                    return;
+                }
                 Next::Wait => {
+                    client.held_back = true;
                     client.in_line = true;
                     self.budget.stand_in_line(key, at_front);
                     return;

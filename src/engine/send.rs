@@ -96,7 +96,7 @@ impl DataPlane {
             while let Some(key) = self.touched.pop() {
                 self.start_send(key);
                 if self.clients.get(key).is_some_and(|client| client.receiving.is_none()) {
-                    self.parse(key, false);
+                    self.resume(key, false);
                 }
             }
             if !self.budget.is_waited_for() || !self.move_line() {
@@ -120,7 +120,7 @@ impl DataPlane {
         let Some(client) = self.clients.get_mut(key) else { return true };
         client.in_line = false;
         let used_before = self.budget.used_bytes();
-        self.parse(key, true);
+        self.resume(key, true);
         self.budget.used_bytes() != used_before || self.clients.get(key).is_none_or(|client| !client.in_line)
     }
 
