@@ -240,8 +240,10 @@ impl Mirror {
 
     /// A replica has said where it has holes, or not. A failure is none of the replica: data that cannot be read will
     /// show that itself.
-    pub(super) fn status_asked(&mut self, key: Key, result: Result<DeviceOutput, Errno>) {
+    pub(super) fn status_asked(&mut self, key: Key, slot: ReplicaSlot, result: Result<DeviceOutput, Errno>) {
         match result {
+            // A hole where a write was: what a failed flush left. As for a read, another one is asked.
+            Ok(DeviceOutput::Allocation(_)) if !self.is_believed(slot) => self.status_granted(key),
             Ok(DeviceOutput::Allocation(extents)) => self.status_learn(key, &extents),
             Ok(_) => unreachable!("a question for holes gives extents"),
             Err(_) => self.status_granted(key),

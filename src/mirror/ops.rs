@@ -110,7 +110,7 @@ impl Mirror {
             OpOwner::Read(task) => self.read_done(task, slot, result),
             OpOwner::Edge(task, edge) => self.edge_done(task, edge, slot, result),
             OpOwner::Write(task) => self.write_op_done(task, slot, result.map(|_| ())),
-            OpOwner::Status(task) => self.status_asked(task, result),
+            OpOwner::Status(task) => self.status_asked(task, slot, result),
             OpOwner::Cache(id) => self.cached(id),
             OpOwner::JobProbe(task) => self.job_probed(task, slot, result),
             OpOwner::JobRead(task) => self.job_read_done(task, slot, result),

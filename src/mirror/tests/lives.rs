@@ -1,6 +1,7 @@
 //! What one life of a replica leaves to the next, and replicas that no flush can vouch for.
 
 use super::*;
+use crate::extent::StatusContext;
 
 fn is_flush(request: &DeviceOp) -> bool {
     matches!(request, DeviceOp::Flush)
@@ -238,7 +239,7 @@ fn flush_fails_below_a_read(world: &mut World, at: usize) {
 }
 
 fn reads_data(request: &DeviceOp) -> bool {
-    matches!(request, DeviceOp::Read { offset, .. } if offset.0 < VOLUME_BYTES)
+    matches!(request, DeviceOp::Read { offset, .. } | DeviceOp::Allocation { offset, .. } if offset.0 < VOLUME_BYTES)
 }
 
 /// Two replicas, of which the first one is read.
@@ -257,6 +258,18 @@ fn a_read_that_was_in_flight_when_its_replicas_flush_failed_is_answered_from_ano
     flush_fails_below_a_read(&mut world, 0);
     world.drain_where(&|_, request| !is_flush(request));
     assert_eq!(world.reply_to(id).expect("answered").unwrap().data().unwrap().bytes(), [5]);
+}
+
+#[test]
+fn no_hole_is_believed_of_a_replica_whose_flush_has_failed_since_it_was_asked() {
+    let mut world = world_that_reads_the_first();
+    let contexts = [StatusContext::Allocation].into_iter().collect();
+    let id = world.send(Request::BlockStatus { range: ByteRange::new(0, 8192), contexts, one: false });
+    flush_fails_below_a_read(&mut world, 0);
+    world.drain_where(&|_, request| !is_flush(request));
+    let Answer::Status(answer) = world.reply_to(id).expect("answered").unwrap() else { panic!() };
+    let extents: Vec<_> = answer[0].extents.iter().map(|extent| (extent.len, extent.flags)).collect();
+    assert_eq!(extents, [(4096, 0), (4096, ALLOCATION_HOLE | ALLOCATION_ZERO)]);
 }
 
 #[test]
