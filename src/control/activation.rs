@@ -23,14 +23,23 @@ const INHERITED_MAX: usize = 64;
 /// does. To be called once, before any thread is started: takes the variables out of the environment.
 ///
 /// # Errors
-/// One of them is no stream socket that listens on a path, or on a TCP port.
+/// One of them is no stream socket that listens on a path, or on a TCP port; or their number is none.
 pub fn inherited_listeners() -> Result<Vec<Listener>, Failure> {
-    let count = std::env::var("LISTEN_FDS").ok().and_then(|text| text.parse::<usize>().ok());
-    if count.is_some_and(|count| count > INHERITED_MAX) {
-        return Err(Failure::new(format!("LISTEN_FDS is more than {INHERITED_MAX}")));
+    let pid = std::env::var("LISTEN_PID").unwrap_or_default();
+    if pid.is_empty() || pid == std::process::id().to_string() {
+        check_count(&std::env::var_os("LISTEN_FDS").unwrap_or_default().to_string_lossy())?;
     }
     let mut sockets = ListenFd::from_env();
     (0..sockets.len()).map(|index| take(&mut sockets, index)).collect()
+}
+
+/// Who hands over sockets says how many. Where that cannot be made out, clients would wait on sockets that nobody takes.
+fn check_count(text: &str) -> Result<(), Failure> {
+    if text.is_empty() || text.parse::<usize>().is_ok_and(|count| count <= INHERITED_MAX) {
+        return Ok(());
+    }
+    Err(Failure::new(format!("LISTEN_FDS is `{text}`, no number of sockets from 0 to {INHERITED_MAX}"))
+        .hint("whoever starts nbdmirror sets it, as systemd does for a .socket unit; without that: `unset LISTEN_FDS`"))
 }
 
 fn take(sockets: &mut ListenFd, index: usize) -> Result<Listener, Failure> {
@@ -79,5 +88,20 @@ pub fn notify(state: &str) {
     let sent = address.and_then(|address| UnixDatagram::unbound()?.send_to_addr(state.as_bytes(), &address));
     if let Err(error) = sent {
         tracing::debug!("cannot tell the service manager {state}: {error}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_number_of_sockets_that_is_none_is_refused() {
+        for good in ["", "0", "1", "64"] {
+            assert!(check_count(good).is_ok(), "{good}");
+        }
+        for bad in ["65", "-1", "abc", "1 2", " ", "99999999999999999999"] {
+            assert!(check_count(bad).is_err(), "{bad}");
+        }
     }
 }

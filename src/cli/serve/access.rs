@@ -49,7 +49,7 @@ pub(super) struct Access {
     #[arg(long, value_name = "N", default_value_t = CONNECTIONS_MAX_DEFAULT, value_parser = parse_connections)]
     max_connections: usize,
     /// Disconnect clients that ask for nothing for so long [default: never].
-    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=10_000_000))]
+    #[arg(long, value_name = "SECONDS", value_parser = parse_idle_timeout)]
     idle_timeout: Option<u64>,
 }
 
@@ -61,6 +61,13 @@ enum TlsChoice {
 }
 
 /// As many as the engine takes.
+fn parse_idle_timeout(text: &str) -> Result<u64, String> {
+    match text.parse() {
+        Ok(seconds @ 1..=10_000_000) => Ok(seconds),
+        _ => Err("give seconds from 1 to 10000000; without this option nobody is disconnected".to_owned()),
+    }
+}
+
 fn parse_connections(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(count @ 1..=4096) => Ok(count),
@@ -180,6 +187,14 @@ fn find_owner(text: &str) -> Result<(Option<Uid>, Option<Gid>), Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_idle_timeout_is_some_seconds() {
+        assert_eq!((parse_idle_timeout("1"), parse_idle_timeout("10000000")), (Ok(1), Ok(10_000_000)));
+        for bad in ["0", "-1", "10000001", "never", "99999999999999999999"] {
+            assert!(parse_idle_timeout(bad).unwrap_err().contains("without this option"), "{bad}");
+        }
+    }
 
     #[test]
     fn modes_are_octal() {
