@@ -9,10 +9,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader};
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
-use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::process::{Command, Stdio};
 
 use clap::Args;
@@ -24,6 +21,7 @@ use super::{Outcome, print};
 use crate::attach::device::Device;
 use crate::attach::source::Source;
 use crate::attach::{Attached, CONNECTIONS_MAX, Options, attach};
+use crate::control::activation;
 use crate::control::failure::Failure;
 use crate::control::log;
 use crate::control::runtime_dir::{RUNTIME_DIR_VARIABLE, prepare_runtime_dir, runtime_dir};
@@ -125,7 +123,7 @@ impl Attach {
         if self.in_background {
             _ = File::open("/dev/null").map(dup2_stdout);
         } else {
-            notify_ready();
+            activation::notify("READY=1");
         }
         keeper.run(log.as_ref())
     }
@@ -192,19 +190,6 @@ fn leave_terminal(device: Device) -> Result<Option<File>, Failure> {
     _ = File::open("/dev/null").map(dup2_stdin);
     _ = dup2_stderr(&log);
     Ok(Some(log))
-}
-
-/// Tells systemd that the device is there (`sd_notify`), where it asked for that.
-fn notify_ready() {
-    let Some(path) = std::env::var_os("NOTIFY_SOCKET").filter(|path| !path.is_empty()) else { return };
-    let address = match path.as_bytes().strip_prefix(b"@") {
-        Some(name) => SocketAddr::from_abstract_name(name),
-        None => SocketAddr::from_pathname(&path),
-    };
-    let sent = address.and_then(|address| UnixDatagram::unbound()?.send_to_addr(b"READY=1", &address));
-    if let Err(error) = sent {
-        tracing::warn!("cannot tell systemd that the device is attached: {error}");
-    }
 }
 
 #[cfg(test)]

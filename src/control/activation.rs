@@ -87,7 +87,7 @@ pub fn notify(state: &str) {
     };
     let sent = address.and_then(|address| UnixDatagram::unbound()?.send_to_addr(state.as_bytes(), &address));
     if let Err(error) = sent {
-        tracing::debug!("cannot tell the service manager {state}: {error}");
+        tracing::warn!("cannot tell the service manager {state}: {error}");
     }
 }
 
