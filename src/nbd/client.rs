@@ -118,11 +118,7 @@ pub fn encode_request(
     len: u32,
 ) -> [u8; wire::REQUEST_BYTES] {
     let mut request = [0; wire::REQUEST_BYTES];
-    request[..4].copy_from_slice(&wire::REQUEST_MAGIC.to_be_bytes());
-    request[4..6].copy_from_slice(&flags.to_be_bytes());
-    request[6..8].copy_from_slice(&command.to_be_bytes());
-    request[8..16].copy_from_slice(&cookie.to_be_bytes());
-    request[16..24].copy_from_slice(&offset.to_be_bytes());
+    request[..24].copy_from_slice(&request_head(wire::REQUEST_MAGIC, command, flags, cookie, offset));
     request[24..].copy_from_slice(&len.to_be_bytes());
     request
 }
@@ -137,13 +133,26 @@ pub fn encode_extended_request(
     len: u64,
 ) -> [u8; wire::EXTENDED_REQUEST_BYTES] {
     let mut request = [0; wire::EXTENDED_REQUEST_BYTES];
-    request[..4].copy_from_slice(&wire::EXTENDED_REQUEST_MAGIC.to_be_bytes());
-    request[4..6].copy_from_slice(&flags.to_be_bytes());
-    request[6..8].copy_from_slice(&command.to_be_bytes());
-    request[8..16].copy_from_slice(&cookie.to_be_bytes());
-    request[16..24].copy_from_slice(&offset.to_be_bytes());
+    request[..24].copy_from_slice(&request_head(
+        wire::EXTENDED_REQUEST_MAGIC,
+        command,
+        flags,
+        cookie,
+        offset,
+    ));
     request[24..].copy_from_slice(&len.to_be_bytes());
     request
+}
+
+/// What both kinds of a request's header begin with.
+fn request_head(magic: u32, command: u16, flags: u16, cookie: u64, offset: u64) -> [u8; 24] {
+    let mut head = [0; 24];
+    head[..4].copy_from_slice(&magic.to_be_bytes());
+    head[4..6].copy_from_slice(&flags.to_be_bytes());
+    head[6..8].copy_from_slice(&command.to_be_bytes());
+    head[8..16].copy_from_slice(&cookie.to_be_bytes());
+    head[16..].copy_from_slice(&offset.to_be_bytes());
+    head
 }
 
 /// The head of a chunk of a structured or extended reply.
