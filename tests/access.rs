@@ -114,6 +114,14 @@ fn only_addresses_that_are_named_may_connect_over_tcp() {
 }
 
 #[test]
+fn addresses_named_for_unix_sockets_only_are_said_to_do_nothing() {
+    let bench = Bench::with_volume();
+    let listen = ["--listen", "unix:nbd.sock", "--name", "vol", "--allow", "127.0.0.1", "a", "b"];
+    let _daemon = bench.serve(&listen);
+    assert!(log(&bench).contains("it has no effect"), "{}", log(&bench));
+}
+
+#[test]
 fn a_client_too_many_is_turned_away_and_operators_never() {
     let bench = Bench::with_volume();
     let (_daemon, address) = serve(&bench, &["--max-connections", "3"]);
@@ -137,7 +145,7 @@ fn a_client_too_many_is_turned_away_and_operators_never() {
     drop(others);
     bench.wait_until("two have left", || figure(&bench, "engine", "connections") == 1);
     use_it(&mut attach(unix(&bench)));
-    assert!(log(&bench).contains("3 clients are connected"), "{}", log(&bench));
+    assert!(log(&bench).contains("all 3 places for clients are taken"), "{}", log(&bench));
     bench.run(&["serve", "--max-connections", "0", "a", "b"]).exits_with(2).says("1 to 4096");
 }
 

@@ -168,7 +168,10 @@ impl Reception {
     }
 
     fn refusal(&self, peer: &str) -> String {
-        format!("{peer}: refused, {} clients are connected (see --max-connections)", self.connections_max)
+        format!(
+            "{peer}: refused, all {} places for clients are taken (see --max-connections)",
+            self.connections_max
+        )
     }
 
     /// Hands a client over, unless others have taken the last places during its handshake.

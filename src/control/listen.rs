@@ -85,6 +85,12 @@ impl Listener {
             Self::Tcp(_, address) => Place::Tcp(*address),
         }
     }
+
+    /// Whether clients come over TCP.
+    #[must_use]
+    pub fn is_tcp(&self) -> bool {
+        matches!(self, Self::Tcp(..))
+    }
 }
 
 /// Where a listener can be reached.

@@ -80,7 +80,7 @@ impl DataPlane {
     fn connect(&mut self, connection: Connection, counted: Counted) {
         let Connection { fd, session, leftover, peer } = connection;
         if self.clients.len() >= CONNECTIONS_MAX {
-            tracing::warn!("{peer}: refused, {CONNECTIONS_MAX} clients are connected");
+            tracing::warn!("{peer}: refused, all {CONNECTIONS_MAX} places for clients are taken");
             return;
         }
         // Replies are sent when they are there (HS-12). Fails on Unix sockets, which do that anyway.

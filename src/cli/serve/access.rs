@@ -92,6 +92,10 @@ impl Access {
         self.allow.is_empty() && !self.requires_tls()
     }
 
+    pub(super) fn has_allow_list(&self) -> bool {
+        !self.allow.is_empty()
+    }
+
     pub(super) fn allow_list(&self) -> AllowList {
         AllowList(self.allow.clone())
     }

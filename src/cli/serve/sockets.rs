@@ -44,6 +44,11 @@ impl Serve {
         if self.access.is_open_to_all() {
             warn_of_public(&listeners, name);
         }
+        if self.access.has_allow_list() && !listeners.iter().any(Listener::is_tcp) {
+            tracing::warn!(
+                "--allow is about TCP, and the volume is served on Unix sockets only: it has no effect"
+            );
+        }
         Ok(Sockets { control, listeners })
     }
 }
