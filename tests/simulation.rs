@@ -77,6 +77,8 @@ const REGRESSIONS: &[(u64, &str)] = &[
         41_014_025,
         "no bug: after many crashes in a row every region is unsynced, and one slow disk takes minutes",
     ),
+    (53_001_359, "no bug: the disk that would be the source is refused by a read-only start and replaced"),
+    (53_003_225, "no bug: a create that tore a superblock leaves a replica that is behind, which is copied"),
 ];
 
 /// Runs `seeds` on all cores and gives the failures in order of seeds, and what happened.
