@@ -68,6 +68,17 @@ const REGRESSIONS: &[(u64, &str)] = &[
         21_000_249,
         "a read that was in flight when its replica's flush failed is believed, though the cache has been dropped",
     ),
+    (
+        41_044_987,
+        "an old copy counts as one commit behind a head that has lost its newest superblock, and is in sync",
+    ),
+    (41_032_557, "the same; the head is lost then, and the copy is all there is"),
+    (
+        41_014_025,
+        "no bug: after many crashes in a row every region is unsynced, and one slow disk takes minutes",
+    ),
+    (53_001_359, "no bug: the disk that would be the source is refused by a read-only start and replaced"),
+    (53_003_225, "no bug: a create that tore a superblock leaves a replica that is behind, which is copied"),
 ];
 
 /// Runs `seeds` on all cores and gives the failures in order of seeds, and what happened.

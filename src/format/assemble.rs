@@ -19,7 +19,7 @@ use super::bitmap::{Bitmap, RegionMaps, unite};
 use super::describe::{describe, printable};
 use super::refuse;
 use super::superblock::{MemberState, Superblock};
-use super::verdict::{Lineage, Verdict, lineage, verdict};
+use super::verdict::{Lineage, Verdict, level, lineage, verdict, verdict_in_doubt};
 use crate::planted::{Bug, planted};
 use crate::units::{REPLICAS_MAX, ReplicaSet, ReplicaSlot};
 
@@ -160,9 +160,12 @@ fn choose_head(found: &[Found]) -> Result<(&Superblock, Vec<Verdict>), AssembleE
     let Some(first) = superblocks().filter(is_newest).max_by_key(|one| one.event_count) else {
         return Err(refuse::diverged(found));
     };
+    // One of the newest lacks its other superblock: that may have been a newer one, and not just torn.
+    let in_doubt = found.iter().any(|one| one.damaged_slot.is_some() && level(first, &one.superblock));
+    let judge = if in_doubt { verdict_in_doubt } else { verdict };
     superblocks()
-        .filter(|one| one.generation == first.generation && one.event_count == first.event_count)
-        .map(|head| (head, superblocks().map(|one| verdict(head, one)).collect::<Vec<_>>()))
+        .filter(|one| level(first, one))
+        .map(|head| (head, superblocks().map(|one| judge(head, one)).collect::<Vec<_>>()))
         .find(|(_, verdicts)| !verdicts.iter().any(|v| matches!(v, Verdict::Diverged(_))))
         .ok_or_else(|| refuse::diverged(found))
 }
@@ -258,10 +261,9 @@ impl Roles {
     /// Who is in sync by the head and not by another superblock of the same commit, with the slot of that one. No sequence of
     /// commits is known to leave two that differ; but equal counters never imply equal data (promise 8).
     fn accused_by_tables(&self, found: &[Found], head: &Superblock) -> Vec<(ReplicaSlot, ReplicaSlot)> {
-        let level = |slot: &ReplicaSlot| {
+        let witness = |slot: &ReplicaSlot| {
             let superblock = &self.found(found, *slot)?.superblock;
-            (superblock.generation == head.generation && superblock.event_count == head.event_count)
-                .then_some((*slot, superblock))
+            level(head, superblock).then_some((*slot, superblock))
         };
         let denies = |superblock: &Superblock, slot: ReplicaSlot| {
             let entry = superblock.members[slot.index()].as_ref();
@@ -269,7 +271,7 @@ impl Roles {
             !entry.is_some_and(|entry| Some(entry.uuid) == uuid && entry.state == MemberState::InSync)
         };
         ReplicaSlot::all()
-            .filter_map(|slot| level(&slot))
+            .filter_map(|slot| witness(&slot))
             .flat_map(|(accuser, superblock)| {
                 self.in_sync
                     .iter()

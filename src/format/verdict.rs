@@ -17,7 +17,8 @@
 //!                else                                  Delta (the stale map says where)
 //! ```
 //!
-//! "By one" is allowed everywhere because a crash may fall between two replicas' writes of one commit.
+//! "By one" is allowed everywhere because a crash may fall between two replicas' writes of one commit. Where the head
+//! may have lost a newer superblock than itself, nothing is: who is not level with it is copied in full.
 
 use uuid::Uuid;
 
@@ -168,6 +169,28 @@ pub(super) fn verdict(head: &Superblock, found: &Superblock) -> Verdict {
     }
 }
 
+/// Whether both are of the same commit.
+pub(super) fn level(one: &Superblock, other: &Superblock) -> bool {
+    one.generation == other.generation && one.event_count == other.event_count
+}
+
+/// The verdict where a newer superblock than the head may be lost: a damaged slot tells nobody what was in it. By that one an
+/// old copy could be behind by more than shows, or a member taken in again, its stale map cleared. Only who is level
+/// with the head took part in all that is known.
+pub(super) fn verdict_in_doubt(head: &Superblock, found: &Superblock) -> Verdict {
+    match verdict(head, found) {
+        Verdict::InSync(slot) | Verdict::Delta(slot) if !level(head, found) => Verdict::Full(
+            slot,
+            format!(
+                "its event count is {}, that of the newest superblock found {}, and one newer still may be lost \
+                 (damaged slot)",
+                found.event_count, head.event_count
+            ),
+        ),
+        verdict => verdict,
+    }
+}
+
 /// The head's entry for the replica that `found` stands on.
 fn head_entry<'a>(head: &'a Superblock, found: &Superblock) -> Option<&'a Member> {
     let own = found.own_entry()?;
@@ -198,7 +221,7 @@ fn old_copy_reason(found: &Superblock, entry: &Member) -> String {
 /// sync took part in that commit too: becoming so takes a commit of its own. If by `found`'s table one did not,
 /// the counts agree by chance and the two have different pasts.
 fn contradiction(head: &Superblock, found: &Superblock) -> Option<String> {
-    if found.generation == head.generation && found.event_count == head.event_count {
+    if level(found, head) {
         // One event count is used for one content only.
         let same = same_members(found, head) && found.parents == head.parents;
         return (!same).then(|| "it has the same event count and another member table".to_owned());

@@ -153,9 +153,7 @@ pub(super) fn heal(world: &mut World) -> Checked {
         (disk.gone, disk.full) = (false, false);
         (disk.slow_until, disk.stuck_until) = (world.now, world.now);
     }
-    let regions = world.regions().count();
-    let slow = world.plan.latency_ns * world.plan.slow_factor;
-    let limit = world.now.plus(40 * SECOND_NS + regions * 100 * slow);
+    let limit = world.now.plus(40 * SECOND_NS + copy_bound_ns(world));
     let mut rounds = 0;
     while !is_well(world) {
         if world.beyond_repair {
@@ -179,6 +177,11 @@ pub(super) fn heal(world: &mut World) -> Checked {
         world.now = world.now.plus(SECOND_NS / 100);
     }
     Ok(())
+}
+
+/// A bound for copying every region, one after the other, with the slowest disk among the replicas.
+fn copy_bound_ns(world: &World) -> u64 {
+    world.regions().count() * 100 * world.plan.latency_ns * world.plan.slow_factor
 }
 
 fn is_well(world: &World) -> bool {
@@ -223,7 +226,8 @@ fn offer_spares(world: &mut World) -> Checked {
 
 /// Liveness: without writes every intent bit is cleared.
 fn settle(world: &mut World) -> Checked {
-    let limit = 20 * world.plan.intent_idle_ns + 120 * SECOND_NS;
+    // Every region may be unsynced: crashes in a row leave no time to sync any.
+    let limit = 20 * world.plan.intent_idle_ns + 120 * SECOND_NS + copy_bound_ns(world);
     world.run_until(6 * SECOND_NS, |_| false)?; // what failed before is tried again
     let step = world.plan.intent_idle_ns / 2 + SECOND_NS / 10;
     let end = world.now.plus(limit);

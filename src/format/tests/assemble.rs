@@ -204,6 +204,38 @@ fn an_old_copy_of_an_in_sync_replica_is_copied_in_full() {
 }
 
 #[test]
+fn behind_a_head_that_may_have_lost_its_newest_superblock_is_copied_in_full() {
+    // Commits 11 and 12 opened the volume, data was written, and slot 0 lost commit 12: a copy from before the opening
+    // is behind by two and looks as if it were by one.
+    let head = |words| Found { damaged_slot: Some(0), ..found(0, &[1], 11, words) };
+    let assembly = assert_roles(&[head("I11 I11"), found(1, &[1], 10, "I10 I10")], STRICT, "0|1|");
+    assert_eq!(stale_count(&assembly, 1), 1000);
+    assert!(assembly.warnings[0].contains("may be lost"), "{:?}", assembly.warnings);
+    // It may have been taken in again, and brought up to date, by what is lost: its stale map says nothing of a copy.
+    for (words, event_count) in [("I11 R11", 10), ("I11 S9", 9)] {
+        let old = found(1, &[1], event_count, &words.replace("11", &event_count.to_string()));
+        assert_eq!(stale_count(&assert_roles(&[head(words), old], STRICT, "0|1|"), 1), 1000);
+    }
+    // Who is level with the head took part in all that may be lost, or its loss was recorded in stale maps.
+    assert_roles(&[head("I11 I11"), found(1, &[1], 11, "I11 I11")], STRICT, "01||");
+    let level = assert_roles(&[head("I11 R11"), found(1, &[1], 11, "I11 R11")], STRICT, "0|1|");
+    assert_eq!(stale_count(&level, 1), 0);
+}
+
+#[test]
+fn a_torn_superblock_that_is_a_commit_behind_is_a_crash() {
+    // Commit 11 was torn on slot 1; slot 0 has it and the one before.
+    let torn = Found { damaged_slot: Some(1), ..found(1, &[1], 10, "I10 I10") };
+    assert_roles(&[found(0, &[1], 11, "I11 I11"), torn], STRICT, "01||");
+}
+
+#[test]
+fn what_has_diverged_is_refused_whatever_may_be_lost() {
+    let head = Found { damaged_slot: Some(0), ..found(1, &[1], 13, "I13 I13") };
+    assert_diverged(&[found(0, &[1], 12, "I12 S10"), head]);
+}
+
+#[test]
 fn counts_that_agree_by_chance_do_not_make_a_replica_in_sync() {
     // An old copy of slot 0, from when slot 1 was resyncing, was run alone up to event 12; the real one went on
     // to 13.
