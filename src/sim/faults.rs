@@ -335,9 +335,10 @@ impl World {
     fn read_only_run(&mut self, disks: &[usize]) -> Checked {
         let holders = self.holders.clone();
         let source = |world: &Self| world.assemble(disks).ok().map(|(assembly, _)| assembly.source);
-        let source_before = source(self);
         self.read_only = true;
         self.start(disks)?;
+        // Not before: an old copy among the disks is refused first, and a blank one takes its place.
+        let source_before = source(self);
         // Nothing of what it answers in dirty regions is recorded: the next start will have the same source, but if
         // that is lost before these regions are synced, another answer is legal (see docs/design.md).
         let dirty = |daemon: &Daemon| daemon.mirror.status(self.now).dirty_bytes > 0;
