@@ -68,6 +68,11 @@ const REGRESSIONS: &[(u64, &str)] = &[
         21_000_249,
         "a read that was in flight when its replica's flush failed is believed, though the cache has been dropped",
     ),
+    (41_040_502, "a torn superblock is made whole by a torn later one with the same member table"),
+    (
+        41_025_547,
+        "no bug: an old copy is refused at a read-only start and replaced; before, there was no source to compare",
+    ),
 ];
 
 /// Runs `seeds` on all cores and gives the failures in order of seeds, and what happened.
