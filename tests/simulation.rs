@@ -79,6 +79,11 @@ const REGRESSIONS: &[(u64, &str)] = &[
     ),
     (53_001_359, "no bug: the disk that would be the source is refused by a read-only start and replaced"),
     (53_003_225, "no bug: a create that tore a superblock leaves a replica that is behind, which is copied"),
+    (41_040_502, "a torn superblock is made whole by a torn later one with the same member table"),
+    (
+        41_025_547,
+        "no bug: an old copy is refused at a read-only start and replaced; before, there was no source to compare",
+    ),
 ];
 
 /// Runs `seeds` on all cores and gives the failures in order of seeds, and what happened.

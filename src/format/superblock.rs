@@ -2,14 +2,15 @@
 //!
 //! What must hold: the bytes are those of `docs/on-disk-format.md` (a golden-bytes test holds both together);
 //! decoding never panics, and a value that was decoded is safe to calculate with: its geometry, counts, slot
-//! and strings have been checked.
+//! and strings have been checked; and a torn superblock never becomes whole by a part of another one: every sector
+//! of 512 bytes that can differ holds a *seal*, made of all the content.
 //!
 //! ```text
 //!    0  magic, version, header length, CRC32, flags, three groups of feature flags
 //!   48  volume uuid, geometry, times, event count, generation, slot, counts
 //!  136  name (64)
 //!  256  parents (32 x 16)
-//!  768  member table (8 x 192): uuid, event count, state, path
+//!  768  member table (8 x 192): uuid, event count, state, seal, path
 //! 2304  zero to the end at 4096
 //! ```
 
@@ -104,6 +105,8 @@ const READ_ONLY_FEATURES_AT: usize = 32;
 const PARENTS_AT: usize = 256;
 const MEMBERS_AT: usize = 768;
 const MEMBER_BYTES: usize = 192;
+/// In each entry, also of a free slot.
+const SEAL_AT: usize = 26;
 const HEADER_BYTES: usize = MEMBERS_AT + REPLICAS_MAX * MEMBER_BYTES;
 const FLAG_CLEAN: u32 = 1;
 
@@ -180,6 +183,7 @@ impl Superblock {
                 member.encode(&mut to);
             }
         }
+        seal(&mut bytes);
         let crc = checksum(&bytes);
         bytes[CRC_AT..CRC_AT + 4].copy_from_slice(&crc.to_le_bytes());
         bytes
@@ -290,7 +294,7 @@ impl Member {
         to.u64(self.event_count);
         to.u8(self.state.code());
         to.u8(path.len() as u8);
-        to.seek(to.at() + 6);
+        to.seek(to.at() + 6); // the seal, at the end
         to.bytes(path.as_bytes());
     }
 
@@ -307,7 +311,7 @@ impl Member {
         };
         check(event_count <= EVENT_COUNT_MAX, "a member's event count")?;
         check(path_bytes <= PATH_BYTES_MAX, "length of a member's path")?;
-        from.bytes(6);
+        from.bytes(6); // the checksum covers the seal
         let path = text(from.bytes(path_bytes), "a member's path")?;
         Ok(Some(Self { uuid, state, event_count, path }))
     }
@@ -326,6 +330,18 @@ impl MemberState {
 
     fn from_code(code: u8) -> Option<Self> {
         [Self::InSync, Self::Resyncing, Self::Stale, Self::Faulty].into_iter().find(|s| s.code() == code)
+    }
+}
+
+/// Binds the sectors of a superblock to each other, so that the checksum tells them from those of another commit even where
+/// both say the same. Without, a torn superblock waits for any later write that brings the sectors it lacks.
+///
+/// Called while the CRC field and all seals are zero.
+fn seal(bytes: &mut [u8; SUPERBLOCK_BYTES]) {
+    let seal = crc32fast::hash(bytes).to_le_bytes();
+    for slot in 0..REPLICAS_MAX {
+        let at = MEMBERS_AT + slot * MEMBER_BYTES + SEAL_AT;
+        bytes[at..at + seal.len()].copy_from_slice(&seal);
     }
 }
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Writes superblock.bin and page.bin from the byte map in docs/on-disk-format.md, without the Rust code.
+"""Writes superblock.bin, superblock-unsealed.bin and page.bin from the byte map in docs/on-disk-format.md, without the Rust code.
 
 The golden-bytes test compares what the program writes with these files. Run it from its own folder, and only when the
-format's version changes.
+format's version changes. (The seals came within version 1: no reader looks at them.)
 """
 import struct
 import uuid
@@ -16,7 +16,7 @@ def patterned(seed):
 VOLUME = patterned(0x10)
 
 
-def superblock():
+def superblock(sealed):
     b = bytearray(4096)
     b[0:8] = b"NBDMIRR\0"
     struct.pack_into("<II", b, 8, 1, 2304)
@@ -38,6 +38,10 @@ def superblock():
         b[at:at + 16] = patterned(seed)
         struct.pack_into("<QBB", b, at + 16, event_count, state, len(path))
         b[at + 32:at + 32 + len(path)] = path.encode()
+    if sealed:
+        seal = zlib.crc32(bytes(b))
+        for slot in range(8):
+            struct.pack_into("<I", b, 768 + slot * 192 + 26, seal)
     struct.pack_into("<I", b, 16, zlib.crc32(bytes(b)))
     return bytes(b)
 
@@ -61,7 +65,10 @@ def page(index, regions, intent, stale):
 
 assert uuid.UUID(bytes=VOLUME).bytes == VOLUME
 with open("superblock.bin", "wb") as f:
-    f.write(superblock())
+    f.write(superblock(sealed=True))
+with open("superblock-unsealed.bin", "wb") as f:
+    # As the first programs wrote it.
+    f.write(superblock(sealed=False))
 with open("page.bin", "wb") as f:
     # The second page of a volume of 5000 regions: regions 3584 to 4999, so four sectors, the last one not full.
     f.write(page(1, 5000, {3584, 3591, 3592, 4031, 4032, 4999}, {0: set(range(3600, 3700)), 7: {4998, 4999, 3583}}))

@@ -6,6 +6,7 @@ use super::*;
 use crate::format::bitmap::{decode_page, encode_page};
 
 const SUPERBLOCK: &[u8; 4096] = include_bytes!("../../../tests/golden/superblock.bin");
+const UNSEALED: &[u8; 4096] = include_bytes!("../../../tests/golden/superblock-unsealed.bin");
 const PAGE: &[u8; 4096] = include_bytes!("../../../tests/golden/page.bin");
 
 fn patterned(seed: u8) -> Uuid {
@@ -41,6 +42,12 @@ fn superblock() -> Superblock {
 fn a_superblock_has_the_documented_bytes() {
     assert!(superblock().encode() == *SUPERBLOCK);
     assert_eq!(Superblock::decode(SUPERBLOCK), Ok(superblock()));
+}
+
+#[test]
+fn a_superblock_from_before_the_seals_is_read() {
+    assert!(UNSEALED != SUPERBLOCK);
+    assert_eq!(Superblock::decode(UNSEALED), Ok(superblock()));
 }
 
 #[test]
