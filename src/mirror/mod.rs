@@ -91,7 +91,7 @@ pub struct MirrorConfig {
 /// Something in flight that waits for locks, commits, operations.
 enum Task {
     Read(ReadTask),
-    Write(Box<WriteTask>),
+    Write(WriteTask),
     Status(Box<StatusTask>),
     Job(Box<Job>),
     /// A job that is just being made.

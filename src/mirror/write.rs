@@ -161,7 +161,7 @@ impl Mirror {
             failed: SmallVec::new(),
             result: Ok(()),
         };
-        let key = self.tasks.insert(Task::Write(Box::new(task)));
+        let key = self.tasks.insert(Task::Write(task));
         self.write_lock(key);
     }
 
