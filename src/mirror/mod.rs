@@ -30,6 +30,7 @@ pub mod event;
 mod flush;
 mod intent;
 mod invariants;
+mod links;
 mod membership;
 mod open;
 mod ops;
