@@ -53,6 +53,8 @@ struct Rounds {
     in_flight: bool,
     current: Vec<Key>,
     next: Vec<Key>,
+    /// An empty one, for its memory.
+    spare: Vec<Key>,
 }
 
 /// Rounds of all replicas and the tickets on them.
@@ -101,7 +103,7 @@ impl Mirror {
             return;
         }
         rounds.in_flight = true;
-        rounds.current = std::mem::take(&mut rounds.next);
+        rounds.current = std::mem::replace(&mut rounds.next, std::mem::take(&mut rounds.spare));
         self.issue(slot, OpOwner::Flush, DeviceOp::Flush);
     }
 
@@ -128,11 +130,16 @@ impl Mirror {
             self.notice(NoticeLevel::Error, format!("{}: flush failed: {errno}", self.describe(slot)));
         }
         // Tickets that will fail a replica come first: nothing is answered before that is known.
-        tickets
-            .sort_by_key(|key| self.flushes.tickets.get(*key).is_some_and(|ticket| ticket.failed.is_empty()));
-        for ticket in tickets {
-            self.ticket_settled(ticket, slot, Some(result));
+        for with_failures in [true, false] {
+            for key in &tickets {
+                let ticket = self.flushes.tickets.get(*key);
+                if ticket.is_some_and(|ticket| ticket.failed.is_empty() != with_failures) {
+                    self.ticket_settled(*key, slot, Some(result));
+                }
+            }
         }
+        tickets.clear();
+        self.flushes.rounds[slot.index()].spare = tickets;
         if self.active().contains(slot) {
             self.begin_round(slot);
         }

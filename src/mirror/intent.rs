@@ -71,6 +71,8 @@ pub(super) struct Pages {
     pages: Vec<Page>,
     urgent: std::collections::VecDeque<usize>,
     commits: usize,
+    /// Empty lists of waiters, for their memory; fewer than `COMMITS_MAX`.
+    spare_waiters: Vec<Vec<Key>>,
     /// Pages whose commit a membership change waits for.
     settling: usize,
     /// Pages that each replica still needs.
@@ -87,6 +89,7 @@ impl Pages {
             pages: (0..count).map(|_| Page::default()).collect(),
             urgent: std::collections::VecDeque::new(),
             commits: 0,
+            spare_waiters: Vec::new(),
             settling: 0,
             owed: [0; REPLICAS_MAX],
             lazy_at: None,
@@ -360,7 +363,7 @@ impl Mirror {
             failed: SmallVec::new(),
             settle: std::mem::take(&mut page.settle),
             owed: std::mem::take(&mut page.owed),
-            waiters: std::mem::take(&mut page.waiters),
+            waiters: std::mem::replace(&mut page.waiters, self.pages.spare_waiters.pop().unwrap_or_default()),
             intent,
         });
         self.pages.commits += 1;
@@ -392,7 +395,9 @@ impl Mirror {
     }
 
     fn page_committed(&mut self, index: usize) {
-        let Some(commit) = self.pages.pages[index].commit.take() else { unreachable!("it has just ended") };
+        let Some(mut commit) = self.pages.pages[index].commit.take() else {
+            unreachable!("it has just ended")
+        };
         self.pages.commits -= 1;
         if commit.ok.intersection(self.in_sync).is_empty() {
             self.page_commit_failed(index, commit);
@@ -412,7 +417,8 @@ impl Mirror {
         for slot in commit.owed.iter() {
             self.pages.owed[slot.index()] -= 1;
         }
-        self.work.extend(commit.waiters.into_iter().map(Work::IntentDurable));
+        self.work.extend(commit.waiters.drain(..).map(Work::IntentDurable));
+        self.pages.spare_waiters.push(commit.waiters);
         if self.pages.pages[index].dirty && !self.pages.pages[index].waiters.is_empty() {
             self.touch_page(index, true);
         } else if self.pages.pages[index].dirty {
@@ -420,8 +426,7 @@ impl Mirror {
             self.touch_page(index, urgent);
         } else {
             // They came while the commit was in flight that had their bits already.
-            let waiters = std::mem::take(&mut self.pages.pages[index].waiters);
-            self.work.extend(waiters.into_iter().map(Work::IntentDurable));
+            self.work.extend(self.pages.pages[index].waiters.drain(..).map(Work::IntentDurable));
         }
     }
 

@@ -30,6 +30,7 @@ pub mod event;
 mod flush;
 mod intent;
 mod invariants;
+mod links;
 mod membership;
 mod open;
 mod ops;
@@ -91,7 +92,7 @@ pub struct MirrorConfig {
 /// Something in flight that waits for locks, commits, operations.
 enum Task {
     Read(ReadTask),
-    Write(Box<WriteTask>),
+    Write(WriteTask),
     Status(Box<StatusTask>),
     Job(Box<Job>),
     /// A job that is just being made.

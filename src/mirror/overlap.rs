@@ -16,8 +16,7 @@
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 
-use smallvec::SmallVec;
-
+use super::links::{Links, List};
 use super::slab::{Key, Slab};
 use crate::units::ByteRange;
 
@@ -46,7 +45,7 @@ struct Entry {
     /// Earlier entries that conflict and are still there.
     blockers: u32,
     /// Later entries that wait for this one.
-    followers: SmallVec<[Key; 2]>,
+    followers: List,
 }
 
 /// A hasher for chunk indexes: one multiplication. The table's order is never looked at.
@@ -69,8 +68,12 @@ impl Hasher for ChunkHasher {
 /// The table of held and wanted ranges.
 pub(super) struct OverlapTable {
     entries: Slab<Entry>,
-    chunks: HashMap<u64, SmallVec<[Key; 4]>, BuildHasherDefault<ChunkHasher>>,
+    /// The small ranges that touch each chunk.
+    chunks: HashMap<u64, List, BuildHasherDefault<ChunkHasher>>,
+    links: Links,
     large: Vec<Key>,
+    /// What `find_conflicting` found last.
+    found: Vec<Key>,
 }
 
 fn chunks_of(range: ByteRange) -> std::ops::RangeInclusive<u64> {
@@ -88,68 +91,75 @@ fn conflict(entry: &Entry, range: ByteRange, mode: Mode) -> bool {
 
 impl OverlapTable {
     pub(super) fn new() -> Self {
-        Self { entries: Slab::new(), chunks: HashMap::default(), large: Vec::new() }
+        Self {
+            entries: Slab::new(),
+            chunks: HashMap::default(),
+            links: Links::new(),
+            large: Vec::new(),
+            found: Vec::new(),
+        }
     }
 
     /// Wants `range` (not empty) for `owner`. The flag says whether it is granted at once; otherwise `release`
     /// will name the owner when it is.
     pub(super) fn acquire(&mut self, range: ByteRange, mode: Mode, owner: u64) -> (LockId, bool) {
         assert!(!range.is_empty());
-        let blockers = self.conflicting(range, mode);
-        let entry = Entry { range, mode, owner, blockers: blockers.len() as u32, followers: SmallVec::new() };
-        let key = self.entries.insert(entry);
-        for blocker in &blockers {
+        self.find_conflicting(range, mode);
+        let blockers = self.found.len() as u32;
+        let key = self.entries.insert(Entry { range, mode, owner, blockers, followers: List::EMPTY });
+        for blocker in &self.found {
             if let Some(entry) = self.entries.get_mut(*blocker) {
-                entry.followers.push(key);
+                self.links.push(&mut entry.followers, key);
             }
         }
         if is_large(range) {
             self.large.push(key);
         } else {
             for chunk in chunks_of(range) {
-                self.chunks.entry(chunk).or_default().push(key);
+                self.links.push(self.chunks.entry(chunk).or_insert(List::EMPTY), key);
             }
         }
-        (LockId(key), blockers.is_empty())
+        (LockId(key), blockers == 0)
     }
 
-    /// Every entry, held or waiting, that a newcomer has to wait for; each once.
-    fn conflicting(&self, range: ByteRange, mode: Mode) -> SmallVec<[Key; 8]> {
-        let mut found: SmallVec<[Key; 8]> = SmallVec::new();
-        let mut consider = |key: Key, entry: &Entry| {
-            if conflict(entry, range, mode) && !found.contains(&key) {
-                found.push(key);
-            }
-        };
+    /// Puts into `found` every entry, held or waiting, that a newcomer has to wait for; each once.
+    fn find_conflicting(&mut self, range: ByteRange, mode: Mode) {
+        let Self { entries, chunks, links, large, found } = self;
+        found.clear();
         if is_large(range) {
-            for (key, entry) in self.entries.iter() {
-                consider(key, entry);
-            }
-            return found;
+            found
+                .extend(entries.iter().filter(|(_, entry)| conflict(entry, range, mode)).map(|(key, _)| key));
+            return;
         }
-        for key in chunks_of(range).filter_map(|chunk| self.chunks.get(&chunk)).flatten().chain(&self.large) {
-            if let Some(entry) = self.entries.get(*key) {
-                consider(*key, entry);
-            }
+        let first = *chunks_of(range).start();
+        for chunk in chunks_of(range) {
+            let Some(list) = chunks.get(&chunk) else { continue };
+            found.extend(links.iter(*list).filter(|key| {
+                entries.get(*key).is_some_and(|entry| {
+                    // One that is listed in several chunks counts in the first that both touch.
+                    chunk == first.max(*chunks_of(entry.range).start()) && conflict(entry, range, mode)
+                })
+            }));
         }
-        found
+        let in_the_way = |key: &Key| entries.get(*key).is_some_and(|entry| conflict(entry, range, mode));
+        found.extend(large.iter().copied().filter(in_the_way));
     }
 
     /// Gives a range back (held or still waiting) and appends the owners that are granted by that.
     pub(super) fn release(&mut self, id: LockId, granted: &mut impl Extend<u64>) {
-        let Some(entry) = self.entries.remove(id.0) else { unreachable!("a lock is released once") };
+        let Some(mut entry) = self.entries.remove(id.0) else { unreachable!("a lock is released once") };
         if is_large(entry.range) {
             self.large.retain(|key| *key != id.0);
         } else {
             for chunk in chunks_of(entry.range) {
-                let Some(keys) = self.chunks.get_mut(&chunk) else { unreachable!("listed at acquire") };
-                keys.retain(|key| *key != id.0);
-                if keys.is_empty() {
+                let Some(list) = self.chunks.get_mut(&chunk) else { unreachable!("listed at acquire") };
+                self.links.remove(list, id.0);
+                if list.is_empty() {
                     self.chunks.remove(&chunk);
                 }
             }
         }
-        for follower in entry.followers {
+        while let Some(follower) = self.links.pop(&mut entry.followers) {
             if let Some(next) = self.entries.get_mut(follower) {
                 assert!(next.blockers > 0);
                 next.blockers -= 1;

@@ -38,13 +38,11 @@ pub(super) enum Content {
 }
 
 /// What the client asked for, for the counters.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 enum Asked {
     Write,
     Zeroes,
     Trim,
-    /// Zeroes that should have been refused at once (a planted bug).
-    Refused,
 }
 
 /// A block at the edge of a write that the write covers in part: the rest is read first.
@@ -112,8 +110,12 @@ impl Mirror {
             self.reply(id, Err(RequestError::NotSupported));
             return;
         }
-        let asked = if refused { Asked::Refused } else { Asked::Zeroes };
-        self.begin_write((id, asked), range, BLOCK_BYTES, Content::Zeroes { may_unmap }, fua);
+        let content = Content::Zeroes { may_unmap };
+        let begun = self.begin_write((id, Asked::Zeroes), range, BLOCK_BYTES, content, fua);
+        if refused && let Some(key) = begun {
+            // The planted bug: what it answers, once it is carried out.
+            self.write_task(key).result = Err(RequestError::NotSupported);
+        }
     }
 
     /// A client trims: whole blocks are zeroed where every replica can do that cheaply, else nothing happens.
@@ -122,6 +124,7 @@ impl Mirror {
         self.begin_write((id, Asked::Trim), inner, BLOCK_BYTES, Content::Zeroes { may_unmap: true }, fua);
     }
 
+    /// `None`: answered already.
     fn begin_write(
         &mut self,
         (id, asked): (RequestId, Asked),
@@ -129,19 +132,19 @@ impl Mirror {
         unit: u64,
         content: Content,
         fua: bool,
-    ) {
+    ) -> Option<Key> {
         if self.config.read_only {
             self.reply(id, Err(RequestError::ReadOnly));
-            return;
+            return None;
         }
         if self.broken {
             self.reply(id, Err(RequestError::Io));
-            return;
+            return None;
         }
         if range.is_empty() {
             self.count_write(asked, 0);
             self.reply(id, Ok(Answer::Done));
-            return;
+            return None;
         }
         let edges = edge_blocks(range, unit);
         let task = WriteTask {
@@ -161,8 +164,9 @@ impl Mirror {
             failed: SmallVec::new(),
             result: Ok(()),
         };
-        let key = self.tasks.insert(Task::Write(Box::new(task)));
+        let key = self.tasks.insert(Task::Write(task));
         self.write_lock(key);
+        Some(key)
     }
 
     /// Waits for the sync of regions whose bytes must be read, then for the lock.
@@ -442,9 +446,7 @@ impl Mirror {
         if task.result.is_ok() {
             self.count_write(task.asked, task.range.len);
         }
-        let refused = planted(Bug::FastZeroTooLate) && task.asked == Asked::Refused;
-        let result = if refused { Err(RequestError::NotSupported) } else { task.result };
-        self.reply(task.id, result.map(|()| Answer::Done));
+        self.reply(task.id, task.result.map(|()| Answer::Done));
         if let Some(lock) = task.lock {
             self.unlock(lock);
         }
@@ -457,7 +459,6 @@ impl Mirror {
                 self.counters.write_bytes += bytes;
             }
             Asked::Zeroes => self.counters.zeroes += 1,
-            Asked::Refused => {}
             Asked::Trim => self.counters.trims += 1,
         }
     }
