@@ -10,7 +10,7 @@ use std::fs::{File, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::process::Stdio;
 
-use cli_support::Bench;
+use cli_support::{BINARY, Bench};
 
 #[test]
 fn a_log_that_cannot_be_written_costs_nobody_the_volume() {
@@ -54,4 +54,25 @@ fn sockets_in_a_folder_that_others_may_write_in_are_not_trusted() {
     }
     std::fs::set_permissions(bench.runtime_dir(), Permissions::from_mode(0o700)).unwrap();
     bench.run(&["status", "vol"]).succeeds();
+}
+
+#[test]
+fn the_benchmark_without_a_bitmap_is_refused_unless_it_is_meant() {
+    let bench = Bench::with_volume();
+    let switch = ["serve", "--bench-no-intent", "--create", "4M"];
+    let meant = |args: &[&str]| {
+        // It ends by itself: it is refused. Where it is not, it is not to serve for ever.
+        let mut command = bench.command_of("timeout".as_ref(), &[&["20", BINARY], args].concat());
+        let out = command.env("NBDMIRROR_BENCH_UNSAFE", "yes").output().unwrap();
+        assert!(!out.status.success());
+        String::from_utf8(out.stderr).unwrap()
+    };
+    bench.run(&[&switch[..], &["c", "d"]].concat()).fails().says("NBDMIRROR_BENCH_UNSAFE=yes");
+    assert!(!bench.path("c").exists());
+    bench.untouched(&["a", "b"], || {
+        assert!(meant(&["serve", "--bench-no-intent", "a", "b"]).contains("--create"));
+        let said = meant(&[&switch[..], &["a", "b"]].concat());
+        assert!(said.contains("hold a volume already") && said.contains("THE REPLICAS DIFFER"), "{said}");
+    });
+    bench.run(&["serve", "--help"]).succeeds().does_not_say("bench");
 }

@@ -87,6 +87,9 @@ pub struct MirrorConfig {
     pub intent_idle_ns: u64,
     /// Regions copied at the same time by a resync (default 4).
     pub resync_jobs_max: usize,
+    /// Benchmarks only: writes set no intent bits and wait for none. A crash, or a replica that fails, then leaves
+    /// replicas that differ and nothing that says where: promises 1, 2 and 5 do not hold.
+    pub without_intent: bool,
 }
 
 /// Something in flight that waits for locks, commits, operations.

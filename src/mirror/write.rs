@@ -274,7 +274,7 @@ impl Mirror {
         }
         if self.broken {
             self.write_intent_failed(key, RequestError::Io);
-        } else if self.ensure_intent(key, span) {
+        } else if self.config.without_intent || self.ensure_intent(key, span) {
             self.write_dispatch(key);
         }
     }

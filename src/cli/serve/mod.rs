@@ -43,6 +43,9 @@ use sockets::Sockets;
 const INTENT_IDLE_NS: u64 = 5 * SECOND_NS;
 const RESYNC_JOBS_MAX: usize = 4;
 
+/// Must be `yes` where `--bench-no-intent` is given.
+const BENCH_VARIABLE: &str = "NBDMIRROR_BENCH_UNSAFE";
+
 /// To record that the volume is open takes two small durable writes on each replica.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
 const OPEN_POLL: Duration = Duration::from_millis(1);
@@ -97,6 +100,9 @@ pub(super) struct Serve {
     memory: u64,
     #[command(flatten)]
     access: Access,
+    /// For benchmarks of a new, throw-away volume: no write-intent bitmap.
+    #[arg(long, hide = true, requires = "create")]
+    bench_no_intent: bool,
     /// Log more (-vv: everything).
     #[arg(short, long, action = clap::ArgAction::Count)]
     verbose: u8,
@@ -128,6 +134,7 @@ impl Serve {
         if self.create.is_some() && self.read_only {
             return Err(Failure::new("--create and --read-only exclude each other").hint("create it first"));
         }
+        self.check_bench()?;
         let tls = self.access.tls()?;
         let paths = distinct_paths(&self.replica)?;
         let write_mostly = self.write_mostly_paths(&paths)?;
@@ -142,6 +149,10 @@ impl Serve {
                 let assembly = self.assemble(&gathered)?;
                 self.start(gathered, assembly, sockets, tls, &write_mostly)
             }
+            Creation::NotWanted(_) if self.bench_no_intent => {
+                Err(Failure::new("--bench-no-intent: the replicas hold a volume already")
+                    .hint("it is for a volume that the same command makes, and that is thrown away after"))
+            }
             Creation::NotWanted(opened) => {
                 let gathered = gather(opened, self.degraded)?;
                 let assembly = self.assemble(&gathered)?;
@@ -149,6 +160,23 @@ impl Serve {
                 self.start(gathered, assembly, sockets, tls, &write_mostly)
             }
         }
+    }
+
+    /// Refuses the benchmark switch unless it is meant, and says loudly what it gives away.
+    fn check_bench(&self) -> Outcome {
+        if !self.bench_no_intent {
+            return Ok(());
+        }
+        if std::env::var_os(BENCH_VARIABLE).is_none_or(|value| value != "yes") {
+            return Err(Failure::new("--bench-no-intent gives up the safety of the data").hint(format!(
+                "it is for benchmarks; if nothing on the volume matters: {BENCH_VARIABLE}=yes"
+            )));
+        }
+        tracing::warn!(
+            "BENCHMARK: no write-intent bitmap. After a crash or the failure of a replica THE REPLICAS DIFFER \
+             and nobody knows where. Delete this volume when the benchmark is done"
+        );
+        Ok(())
     }
 
     /// The paths of `--write-mostly`, each of which must be one of the replicas.
@@ -247,6 +275,7 @@ impl Serve {
             wall_clock_origin_ns: wall_clock_ns(),
             intent_idle_ns: INTENT_IDLE_NS,
             resync_jobs_max: RESYNC_JOBS_MAX,
+            without_intent: self.bench_no_intent,
         };
         let config = EngineConfig {
             mirror,

@@ -122,6 +122,7 @@ impl World {
             wall_clock_origin_ns: 0,
             intent_idle_ns: 5 * SECOND_NS,
             resync_jobs_max: 4,
+            without_intent: false,
         };
         let mut image_of = [None; REPLICAS_MAX];
         for slot in ReplicaSlot::all() {
@@ -399,6 +400,16 @@ fn promise_1_the_first_write_to_a_region_waits_for_its_intent_bit() {
     world.log.clear();
     world.send(request);
     assert!(world.log.iter().all(|(_, what)| what == "write data") && world.log.len() == 2, "dirty already");
+}
+
+#[test]
+fn the_benchmark_switch_leaves_intent_bits_out() {
+    let mut world = World::new(2);
+    world.mirror.config.without_intent = true;
+    world.log.clear();
+    world.write(0, 4096, 1).unwrap();
+    assert!(world.log.iter().all(|(_, what)| what == "write data") && world.log.len() == 2);
+    assert!(!world.mirror.maps.intent.any());
 }
 
 #[test]
