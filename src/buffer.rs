@@ -24,25 +24,83 @@ use crate::units::{BLOCK_BYTES, ByteRange};
 const ALIGN: usize = BLOCK_BYTES as usize;
 /// Free lists hold buffers of 4 KiB << class; larger requests than the largest class are not pooled.
 const CLASSES: usize = 14;
+/// Buffers of the first classes (up to 32 KiB) are cut from slabs: an allocator that is asked for 4 KiB at a multiple of 4 KiB
+/// makes 8 KiB resident, as the header of what comes next stands on a page of its own.
+const SMALL_CLASSES: usize = 4;
+/// That part of what a pool keeps is kept of each small class, even where large buffers take the rest: to give memory to the
+/// system and to get it back costs more than a small transfer.
+const FEW_DIVISOR: usize = 16;
+/// The largest slab of small buffers.
+const SLAB_BYTES_MAX: usize = 256 << 10;
 /// What free memory is full of in builds with `--cfg poison_buffers`.
 const POISON: u8 = 0xdb;
 
-/// Memory owned by one buffer. Freed here, and only here.
-struct Memory {
+/// Memory from the allocator. Freed here, and only here.
+struct Slab {
     start: NonNull<u8>,
     bytes: usize,
-    class: u8,
-    pool: Weak<PoolInner>,
 }
 
-impl Memory {
-    fn allocate(bytes: usize, class: u8, pool: Weak<PoolInner>) -> Self {
+impl Slab {
+    fn allocate(bytes: usize) -> Rc<Self> {
         assert!(bytes > 0 && bytes.is_multiple_of(ALIGN));
         let layout = Self::layout(bytes);
         // SAFETY: the layout has a non-zero size (asserted above).
         let start = unsafe { alloc_zeroed(layout) };
         let Some(start) = NonNull::new(start) else { handle_alloc_error(layout) };
-        Self { start, bytes, class, pool }
+        Rc::new(Self { start, bytes })
+    }
+
+    fn layout(bytes: usize) -> Layout {
+        match Layout::from_size_align(bytes, ALIGN) {
+            Ok(layout) => layout,
+            Err(_) => unreachable!("a buffer is far smaller than the address space"),
+        }
+    }
+}
+
+impl Drop for Slab {
+    fn drop(&mut self) {
+        // SAFETY: `start` came from `alloc_zeroed` with this very layout, and this is its only owner.
+        unsafe { dealloc(self.start.as_ptr(), Self::layout(self.bytes)) };
+    }
+}
+
+/// Memory owned by one buffer: a piece of a slab that nobody else has.
+struct Memory {
+    start: NonNull<u8>,
+    bytes: usize,
+    class: u8,
+    pool: Weak<PoolInner>,
+    _slab: Rc<Slab>,
+}
+
+impl Memory {
+    /// A slab of `count` pieces of `bytes` each.
+    fn cut(bytes: usize, count: usize, class: u8, pool: Weak<PoolInner>) -> impl Iterator<Item = Rc<Self>> {
+        let slab = Slab::allocate(bytes * count);
+        (0..count).map(move |index| {
+            // SAFETY: the slab is `bytes * count` long.
+            let start = unsafe { slab.start.add(index * bytes) };
+            let mut memory =
+                Rc::new(Self { start, bytes, class, pool: pool.clone(), _slab: Rc::clone(&slab) });
+            if cfg!(poison_buffers) {
+                Self::poison(&mut memory); // nobody may count on zeroes
+            }
+            memory
+        })
+    }
+
+    /// Leaves free memory to the system; it reads as zeroes then, and costs nothing until it is used.
+    fn discard(this: &mut Rc<Self>) {
+        if cfg!(poison_buffers) {
+            return;
+        }
+        let Some(memory) = Rc::get_mut(this) else { unreachable!("free memory has one owner") };
+        let bytes = memory.free_bytes();
+        // SAFETY: these are whole pages of private memory that this is the only handle to, and any content will do.
+        // Where the system cannot take them they stay as they are.
+        let _ = unsafe { libc::madvise(bytes.as_mut_ptr().cast(), bytes.len(), libc::MADV_DONTNEED) };
     }
 
     /// The bytes. Nobody else may have a handle: this is free memory, about to be given out or just given back.
@@ -62,29 +120,25 @@ impl Memory {
         let written = memory.free_bytes().iter().position(|byte| *byte != POISON);
         assert!(written.is_none(), "a free buffer of {} bytes was written to, at {written:?}", memory.bytes);
     }
-
-    fn layout(bytes: usize) -> Layout {
-        match Layout::from_size_align(bytes, ALIGN) {
-            Ok(layout) => layout,
-            Err(_) => unreachable!("a buffer is far smaller than the address space"),
-        }
-    }
-}
-
-impl Drop for Memory {
-    fn drop(&mut self) {
-        // SAFETY: `start` came from `alloc_zeroed` with this very layout, and this is its only owner.
-        unsafe { dealloc(self.start.as_ptr(), Self::layout(self.bytes)) };
-    }
 }
 
 struct PoolInner {
     free: RefCell<[Vec<Rc<Memory>>; CLASSES]>,
-    /// Bytes kept in the free lists, at most `keep_bytes_max`.
+    /// Bytes kept in the free lists, at most `keep_bytes_max` and a few small buffers.
     kept_bytes: std::cell::Cell<usize>,
     keep_bytes_max: usize,
     /// Bytes in buffers that are out.
     used_bytes: std::cell::Cell<usize>,
+    small: RefCell<[Small; SMALL_CLASSES]>,
+}
+
+/// The pieces of a class that is cut from slabs.
+#[derive(Default)]
+struct Small {
+    /// All there are, wherever they are.
+    pieces: usize,
+    /// Free and beyond what is kept: address space without memory, but for the rest of the youngest slab.
+    spare: Vec<Rc<Memory>>,
 }
 
 impl PoolInner {
@@ -95,10 +149,40 @@ impl PoolInner {
         }
         self.used_bytes.set(self.used_bytes.get() - memory.bytes);
         let class = usize::from(memory.class);
-        if class < CLASSES && self.kept_bytes.get() + memory.bytes <= self.keep_bytes_max {
+        let keep = if class < CLASSES {
+            let few = class < SMALL_CLASSES
+                && (self.free.borrow()[class].len() + 1) * memory.bytes <= self.keep_bytes_max / FEW_DIVISOR;
+            few || self.kept_bytes.get() + memory.bytes <= self.keep_bytes_max
+        } else {
+            false
+        };
+        if keep {
             self.kept_bytes.set(self.kept_bytes.get() + memory.bytes);
             self.free.borrow_mut()[class].push(memory);
+        } else if class < SMALL_CLASSES {
+            Memory::discard(&mut memory);
+            self.small.borrow_mut()[class].spare.push(memory);
         }
+    }
+
+    /// Memory for a buffer where none is kept.
+    fn more(self: &Rc<Self>, blocks: usize, class: usize) -> Rc<Memory> {
+        let bytes = if class < CLASSES { ALIGN << class } else { blocks * ALIGN };
+        let mut small = self.small.borrow_mut();
+        let Some(small) = small.get_mut(class) else {
+            let Some(memory) = Memory::cut(bytes, 1, class as u8, Rc::downgrade(self)).next() else {
+                unreachable!("one was cut")
+            };
+            return memory;
+        };
+        if small.spare.is_empty() {
+            // As many again, so that a small pool stays small.
+            let count = small.pieces.clamp(1, SLAB_BYTES_MAX / bytes);
+            small.pieces += count;
+            small.spare.extend(Memory::cut(bytes, count, class as u8, Rc::downgrade(self)));
+        }
+        let Some(memory) = small.spare.pop() else { unreachable!("some were cut") };
+        memory
     }
 }
 
@@ -109,7 +193,8 @@ pub struct BufferPool {
 }
 
 impl BufferPool {
-    /// A pool that keeps at most `keep_bytes_max` bytes of free buffers for reuse.
+    /// A pool that keeps at most `keep_bytes_max` bytes of free buffers for reuse, and of each size up to 32 KiB a sixteenth of
+    /// that. The rest of the memory of free buffers goes back to the system.
     #[must_use]
     pub fn new(keep_bytes_max: usize) -> Self {
         let inner = PoolInner {
@@ -117,6 +202,7 @@ impl BufferPool {
             kept_bytes: 0.into(),
             keep_bytes_max,
             used_bytes: 0.into(),
+            small: RefCell::default(),
         };
         Self { inner: Rc::new(inner) }
     }
@@ -127,20 +213,16 @@ impl BufferPool {
         let blocks = bytes.max(1).div_ceil(ALIGN);
         let class = blocks.next_power_of_two().trailing_zeros() as usize;
         let pooled = if class < CLASSES { self.inner.free.borrow_mut()[class].pop() } else { None };
-        let memory = if let Some(mut memory) = pooled {
-            self.inner.kept_bytes.set(self.inner.kept_bytes.get() - memory.bytes);
-            if cfg!(poison_buffers) {
-                Memory::assert_poisoned(&mut memory);
+        let mut memory = match pooled {
+            Some(memory) => {
+                self.inner.kept_bytes.set(self.inner.kept_bytes.get() - memory.bytes);
+                memory
             }
-            memory
-        } else {
-            let bytes = if class < CLASSES { ALIGN << class } else { blocks * ALIGN };
-            let mut memory = Rc::new(Memory::allocate(bytes, class as u8, Rc::downgrade(&self.inner)));
-            if cfg!(poison_buffers) {
-                Memory::poison(&mut memory); // nobody may count on zeroes
-            }
-            memory
+            None => self.inner.more(blocks, class),
         };
+        if cfg!(poison_buffers) {
+            Memory::assert_poisoned(&mut memory);
+        }
         self.inner.used_bytes.set(self.inner.used_bytes.get() + memory.bytes);
         Buffer { memory: ManuallyDrop::new(memory) }
     }
@@ -357,6 +439,46 @@ mod tests {
         assert_eq!((pool.used_bytes(), pool.kept_bytes()), (8192, 0));
         drop(pool);
         drop(again); // outlives its pool: freed, not leaked
+    }
+
+    #[test]
+    fn small_buffers_share_slabs_and_no_byte() {
+        let pool = BufferPool::new(32 << 10);
+        let mut out: Vec<Buffer> = Vec::new();
+        for index in 0..300 {
+            let mut buffer = pool.take(4096 << (index % 5));
+            buffer.fill(index as u8);
+            assert_eq!(buffer.as_ptr().align_offset(4096), 0);
+            out.push(buffer);
+            if index % 3 == 2 {
+                out.swap_remove(index / 3); // kept, or given to the system
+            }
+        }
+        assert_eq!(out.len(), 200);
+        for buffer in &out {
+            assert!(buffer.iter().all(|byte| *byte == buffer[0]));
+        }
+        let used: usize = out.iter().map(|buffer| buffer.len()).sum();
+        assert_eq!(pool.used_bytes(), used);
+        let pieces = |pool: &BufferPool| pool.inner.small.borrow().each_ref().map(|small| small.pieces);
+        let before = pieces(&pool);
+        drop(out);
+        assert_eq!(pool.used_bytes(), 0);
+        assert!(pool.kept_bytes() <= (32 << 10) + SMALL_CLASSES * (2 << 10), "{}", pool.kept_bytes());
+        let again: Vec<Buffer> = (0..before[0]).map(|_| pool.take(1)).collect();
+        assert_eq!(pieces(&pool), before, "what was given back is used again");
+        drop((pool, again));
+    }
+
+    #[test]
+    #[cfg(not(poison_buffers))]
+    fn what_is_not_kept_goes_back_to_the_system() {
+        let pool = BufferPool::new(0);
+        let mut buffer = pool.take(4096);
+        buffer.fill(7);
+        drop(buffer);
+        assert_eq!(pool.kept_bytes(), 0);
+        assert!(pool.take(4096).iter().all(|byte| *byte == 0), "it has its content still");
     }
 
     #[test]
