@@ -29,7 +29,7 @@ impl Mirror {
         }
         for (index, writes) in self.region_writes.iter().enumerate() {
             assert!(
-                *writes == 0 || self.maps.intent[index] || self.broken,
+                *writes == 0 || self.maps.intent[index] || self.broken || self.config.without_intent,
                 "a region being written is dirty"
             );
         }
