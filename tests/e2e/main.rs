@@ -1,6 +1,7 @@
 //! Tests on the real binary with real clients: kill -9 under load, other people's NBD tools, faulty disks.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
+mod bench;
 mod clients;
 mod clients_libnbd;
 mod clients_qemu;
