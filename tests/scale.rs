@@ -111,7 +111,7 @@ fn more_regions_than_memory_is_meant_for_are_refused() {
 #[test]
 fn a_thousand_idle_connections_harm_nobody() {
     const COUNT: usize = 1000;
-    const EACH_MAX: u64 = 16 * KIB;
+    const EACH_MAX: u64 = 7 * KIB;
     let (_soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
     if hard < 2048 {
         return skip("the limit of open files is under 2048");
