@@ -93,7 +93,7 @@ impl Memory {
 
     /// Leaves free memory to the system; it reads as zeroes then, and costs nothing until it is used.
     fn discard(this: &mut Rc<Self>) {
-        if cfg!(poison_buffers) {
+        if cfg!(any(poison_buffers, miri)) {
             return;
         }
         let Some(memory) = Rc::get_mut(this) else { unreachable!("free memory has one owner") };
@@ -471,7 +471,7 @@ mod tests {
     }
 
     #[test]
-    #[cfg(not(poison_buffers))]
+    #[cfg(not(any(poison_buffers, miri)))]
     fn what_is_not_kept_goes_back_to_the_system() {
         let pool = BufferPool::new(0);
         let mut buffer = pool.take(4096);

@@ -20,6 +20,9 @@ use crate::format::create::{Created, NewReplica, NewVolume, new_volume};
 use crate::format::layout::{Layout, superblock_offset};
 use crate::units::{BLOCK_BYTES, REGION_BYTES_MIN, Regions, ReplicaOffset};
 
+/// Most regions of a new volume: their maps take under 40 MiB then. 2^30 of them would take gigabytes, and a start many seconds.
+const REGIONS_MAX: u64 = 1 << 24;
+
 /// What the operator wants.
 #[derive(Clone, Debug)]
 pub(super) struct Wish {
@@ -62,6 +65,7 @@ impl Plan {
             check_content(replica, wish.force)?;
         }
         let regions = choose_regions(&wish, &replicas)?;
+        check_region_count(regions)?;
         let needed_bytes = Layout::device_bytes_min(regions);
         let name = match wish.name {
             Some(name) => name,
@@ -207,6 +211,21 @@ fn choose_regions(wish: &Wish, replicas: &[Opened]) -> Result<Regions, Failure> 
         .hint(format!("a replica has at least {needed} bytes")));
     }
     Ok(Regions { volume_bytes, region_bytes })
+}
+
+/// Each region takes memory for as long as the volume is served, and time at each start.
+fn check_region_count(regions: Regions) -> Result<(), Failure> {
+    if regions.count() <= REGIONS_MAX {
+        return Ok(());
+    }
+    let enough = regions.volume_bytes.div_ceil(REGIONS_MAX).next_power_of_two();
+    Err(Failure::new(format!(
+        "a volume of {} in regions of {} would have {} regions; there may be {REGIONS_MAX}",
+        exact(regions.volume_bytes),
+        exact(regions.region_bytes),
+        regions.count()
+    ))
+    .hint(format!("give --region-size {} or more, or leave it out", exact(enough))))
 }
 
 /// The size that a replica will have; files grow where needed, devices must be large enough.

@@ -1,4 +1,4 @@
-"""What scripts/bench, bench-tls and bench-idle share. Python's standard library only.
+"""What scripts/bench, bench-tls and bench-scale share. Python's standard library only.
 
     server.py      programs that serve, started and ended by their own id; CPU time; the release binary
     contenders.py  each thing that is measured, and what of it is installed

@@ -94,7 +94,7 @@ pub(super) struct Serve {
     /// Start from a stale replica alone: gives up writes that only the missing ones have.
     #[arg(long)]
     force: bool,
-    /// Memory for requests in flight [default: 256M].
+    /// Memory for the data of requests in flight, at least 96M; some MiB for the rest stand beside it [default: 256M].
     #[arg(long, value_name = "SIZE", value_parser = parse_memory_size,
         default_value_t = MEMORY_BYTES_MAX_DEFAULT, hide_default_value = true)]
     memory: u64,
