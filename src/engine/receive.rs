@@ -46,6 +46,29 @@ pub(super) enum Into {
     Payload(Incoming),
 }
 
+/// What a receive into a buffer says of what the peer has sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Came {
+    /// Nothing: an error, the end of the stream, a receive that was called off.
+    Nothing,
+    /// All that there was.
+    Everything,
+    /// As much as had room: there may be more.
+    Full,
+}
+
+impl Came {
+    /// Of `count` bytes behind the first `filled` ones of a buffer of `capacity` bytes.
+    fn of(capacity: usize, filled: usize, count: usize) -> Self {
+        assert!(filled < capacity && filled + count <= capacity);
+        match count {
+            0 => Self::Nothing,
+            _ if filled + count == capacity => Self::Full,
+            _ => Self::Everything,
+        }
+    }
+}
+
 impl Receive {
     /// The entry. Points into the buffer or the payload.
     pub(super) fn entry(&mut self) -> Entry {
@@ -73,11 +96,14 @@ impl DataPlane {
             Into::Buffer { buffer, filled } => {
                 let capacity = buffer.len();
                 client.took_buffer(buffer, filled + count);
-                caught_up = count > 0 && filled + count < capacity;
-                if !caught_up {
-                    client.buffer_bytes =
-                        (capacity * BUFFER_GROWTH).clamp(BUFFER_BYTES_MIN, BUFFER_BYTES_MAX);
-                    self.sweep_within(IDLE_NS);
+                match Came::of(capacity, filled, count) {
+                    Came::Nothing => {}
+                    Came::Everything => caught_up = true,
+                    Came::Full => {
+                        client.buffer_bytes =
+                            (capacity * BUFFER_GROWTH).clamp(BUFFER_BYTES_MIN, BUFFER_BYTES_MAX);
+                        self.sweep_within(IDLE_NS);
+                    }
                 }
             }
             Into::Payload(mut incoming) => {
@@ -176,5 +202,19 @@ impl DataPlane {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_buffer_is_full_only_when_bytes_came_to_its_end() {
+        for filled in [0, 27, 4095] {
+            assert_eq!(Came::of(4096, filled, 0), Came::Nothing, "an error or the end: no reason to grow");
+            assert_eq!(Came::of(4096, filled, 4096 - filled), Came::Full);
+        }
+        assert_eq!(Came::of(4096, 27, 28), Came::Everything);
     }
 }
