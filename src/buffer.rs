@@ -17,6 +17,7 @@ use std::mem::ManuallyDrop;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::rc::{Rc, Weak};
+use std::sync::OnceLock;
 
 use crate::planted::{Bug, planted};
 use crate::units::{BLOCK_BYTES, ByteRange};
@@ -66,6 +67,16 @@ impl Drop for Slab {
     }
 }
 
+/// The size of the kernel's pages, bytes: 4096, or more on some machines.
+fn system_page_bytes() -> usize {
+    static PAGE_BYTES: OnceLock<usize> = OnceLock::new();
+    *PAGE_BYTES.get_or_init(|| {
+        let asked = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE);
+        // Where it does not say, nothing is a whole number of pages.
+        asked.ok().flatten().and_then(|bytes| usize::try_from(bytes).ok()).unwrap_or(usize::MAX)
+    })
+}
+
 /// Memory owned by one buffer: a piece of a slab that nobody else has.
 struct Memory {
     start: NonNull<u8>,
@@ -98,8 +109,13 @@ impl Memory {
         }
         let Some(memory) = Rc::get_mut(this) else { unreachable!("free memory has one owner") };
         let bytes = memory.free_bytes();
-        // SAFETY: these are whole pages of private memory that this is the only handle to, and any content will do.
-        // Where the system cannot take them they stay as they are.
+        // The kernel rounds up to whole pages of its own, which can be larger than ours: the rest would be somebody else's.
+        let page_bytes = system_page_bytes();
+        if !(bytes.as_ptr() as usize).is_multiple_of(page_bytes) || !bytes.len().is_multiple_of(page_bytes) {
+            return;
+        }
+        // SAFETY: these are whole pages (just checked) of private memory that this is the only handle to, and any content
+        // will do. Where the system cannot take them they stay as they are.
         let _ = unsafe { libc::madvise(bytes.as_mut_ptr().cast(), bytes.len(), libc::MADV_DONTNEED) };
     }
 
