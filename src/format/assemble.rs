@@ -19,7 +19,7 @@ use super::bitmap::{Bitmap, RegionMaps, unite};
 use super::describe::{describe, printable};
 use super::refuse;
 use super::superblock::{MemberState, Superblock};
-use super::verdict::{Lineage, Verdict, level, lineage, verdict, verdict_in_doubt};
+use super::verdict::{Lineage, Verdict, level, lineage, verdict};
 use crate::planted::{Bug, planted};
 use crate::units::{REPLICAS_MAX, ReplicaSet, ReplicaSlot};
 
@@ -37,6 +37,8 @@ pub struct Found {
     pub superblock: Superblock,
     /// The other superblock slot is damaged (torn or rotten): its number.
     pub damaged_slot: Option<u64>,
+    /// What stands there may be the rest of a newer superblock. (A blank slot was never written: the newest one is here.)
+    pub newer_may_be_lost: bool,
     /// Its bitmaps; damaged sectors have all their bits set.
     pub maps: RegionMaps,
     /// Number of damaged bitmap sectors.
@@ -56,6 +58,7 @@ impl Found {
             device_bytes: superblock.device_bytes,
             superblock,
             damaged_slot: None,
+            newer_may_be_lost: false,
             maps,
             damaged_sectors: 0,
             damaged_regions: Vec::new(),
@@ -138,6 +141,10 @@ pub fn assemble(found: &[Found], options: AssembleOptions) -> Result<Assembly, A
     let (head, verdicts) = choose_head(found)?;
     refuse::check_members(found, head, &verdicts)?;
     let mut roles = Roles::sort(head, &verdicts);
+    if in_doubt(found, head) {
+        // What is lost may have taken one of them in again, and cleared its stale map.
+        roles.full = roles.full.union(roles.missing);
+    }
     roles.demote_accused(found, head)?;
     let forced = roles.in_sync.is_empty();
     if forced {
@@ -160,14 +167,29 @@ fn choose_head(found: &[Found]) -> Result<(&Superblock, Vec<Verdict>), AssembleE
     let Some(first) = superblocks().filter(is_newest).max_by_key(|one| one.event_count) else {
         return Err(refuse::diverged(found));
     };
-    // One of the newest lacks its other superblock: that may have been a newer one, and not just torn.
-    let in_doubt = found.iter().any(|one| one.damaged_slot.is_some() && level(first, &one.superblock));
-    let judge = if in_doubt { verdict_in_doubt } else { verdict };
     superblocks()
         .filter(|one| level(first, one))
-        .map(|head| (head, superblocks().map(|one| judge(head, one)).collect::<Vec<_>>()))
+        .map(|head| (head, judge(found, head)))
         .find(|(_, verdicts)| !verdicts.iter().any(|v| matches!(v, Verdict::Diverged(_))))
         .ok_or_else(|| refuse::diverged(found))
+}
+
+/// Whether one of the newest lacks its other superblock, and that may have been a newer one, and not just torn.
+fn in_doubt(found: &[Found], head: &Superblock) -> bool {
+    found.iter().any(|one| one.newer_may_be_lost && level(head, &one.superblock))
+}
+
+/// What each found is to `head`. A head in doubt lets nobody be behind by one, if there is somebody in sync beside that: where
+/// not, those that are behind are the best there is.
+fn judge(found: &[Found], head: &Superblock) -> Vec<Verdict> {
+    let verdicts: Vec<_> = found.iter().map(|one| verdict(head, &one.superblock)).collect();
+    let is_anchor = |(one, verdict): (&Found, &Verdict)| {
+        level(head, &one.superblock) && matches!(verdict, Verdict::InSync(_))
+    };
+    if !in_doubt(found, head) || !found.iter().zip(&verdicts).any(is_anchor) {
+        return verdicts;
+    }
+    found.iter().zip(verdicts).map(|(one, verdict)| verdict.in_doubt(head, &one.superblock)).collect()
 }
 
 /// The members' roles, while they are being decided.
@@ -177,7 +199,7 @@ struct Roles {
     trusted: ReplicaSet,
     in_sync: ReplicaSet,
     resync: ReplicaSet,
-    /// Of `resync`: its stale map does not say all.
+    /// Of `resync` and `missing`: its stale map does not say all.
     full: ReplicaSet,
     missing: ReplicaSet,
     warnings: Vec<String>,
@@ -282,8 +304,8 @@ impl Roles {
             .collect()
     }
 
-    /// `--force`: the best of the stale replicas becomes the volume's content. Newest history first, then highest
-    /// event count, then fewest stale bits of its own, then lowest slot.
+    /// `--force`: the best of the stale replicas becomes the volume's content. First those that were whole once over one whose
+    /// copy was not finished; then newest history, highest event count, fewest stale bits of its own, lowest slot.
     fn force_best(&mut self, found: &[Found], head: &Superblock) {
         let rank = |slot: &ReplicaSlot| {
             self.found(found, *slot).map(|found| {
@@ -291,7 +313,9 @@ impl Roles {
                 let age = head.parents.iter().position(|parent| *parent == generation).map_or(0, |at| at + 1);
                 let age = if generation == head.generation { 0 } else { age };
                 let stale = found.maps.stale[slot.index()].count_ones();
-                (age, std::cmp::Reverse(found.superblock.event_count), stale, *slot)
+                let own = found.superblock.own_entry().map(|entry| entry.state);
+                let is_half_a_copy = own != Some(MemberState::InSync) && stale > 0;
+                (is_half_a_copy, age, std::cmp::Reverse(found.superblock.event_count), stale, *slot)
             })
         };
         let best = self.resync.iter().min_by_key(rank);
@@ -303,13 +327,13 @@ impl Roles {
             self.warnings.push(format!("started from replica {slot}, which missed writes (--force)"));
         }
         self.trusted = self.in_sync;
-        self.full = self.resync;
+        self.full = self.resync.union(self.missing);
     }
 
     fn into_assembly(mut self, found: &[Found], head: &Superblock, forced: bool) -> Assembly {
         let mut head = head.clone();
         let regions = head.regions.count() as usize;
-        let maps = self.united_maps(found, regions, forced);
+        let maps = self.united_maps(found, regions);
         if forced {
             let event_counts = found.iter().map(|found| found.superblock.event_count);
             head.event_count = event_counts.fold(head.event_count, u64::max);
@@ -355,7 +379,7 @@ impl Roles {
         }
     }
 
-    fn united_maps(&self, found: &[Found], regions: usize, forced: bool) -> RegionMaps {
+    fn united_maps(&self, found: &[Found], regions: usize) -> RegionMaps {
         let mut maps = RegionMaps::clear(regions);
         for slot in self.trusted.iter() {
             if let Some(found) = self.found(found, slot) {
@@ -364,7 +388,7 @@ impl Roles {
         }
         for slot in ReplicaSlot::all() {
             let stale = &mut maps.stale[slot.index()];
-            if self.full.contains(slot) || (forced && self.missing.contains(slot)) {
+            if self.full.contains(slot) {
                 stale.fill(true);
             } else if self.resync.contains(slot) || self.missing.contains(slot) {
                 if planted(Bug::StaleMapForgotten) {

@@ -104,7 +104,9 @@ pub fn read_found(
         return Ok(None);
     }
     let slots = [read_slot(path, device_bytes, 0, read_at)?, read_slot(path, device_bytes, 1, read_at)?];
-    let Some((superblock, read_only_features, damaged_slot)) = choose(path, slots)? else {
+    let Some(Chosen { superblock, read_only_features, damaged_slot, newer_may_be_lost }) =
+        choose(path, slots)?
+    else {
         return Ok(None);
     };
     if superblock.device_bytes != device_bytes {
@@ -120,6 +122,7 @@ pub fn read_found(
         device_bytes,
         superblock,
         damaged_slot,
+        newer_may_be_lost,
         maps,
         damaged_sectors,
         damaged_regions,
@@ -148,8 +151,25 @@ fn read_slot(path: &str, device_bytes: u64, slot: u64, read_at: ReadAt<'_>) -> R
     }
 }
 
-/// The superblock to use, its unknown read-only features and which slot is damaged; `None`: no volume.
-fn choose(path: &str, slots: [Slot; 2]) -> Result<Option<(Superblock, u64, Option<u64>)>, ReadError> {
+/// The superblock to use.
+struct Chosen {
+    superblock: Superblock,
+    read_only_features: u64,
+    /// See [`Found`].
+    damaged_slot: Option<u64>,
+    newer_may_be_lost: bool,
+}
+
+impl Chosen {
+    /// The only valid one, whose slot is not `other_slot`, where `other` stands.
+    fn alone(superblock: Superblock, read_only_features: u64, other_slot: u64, other: &Slot) -> Self {
+        let newer_may_be_lost = !matches!(other, Slot::Blank);
+        Self { superblock, read_only_features, damaged_slot: Some(other_slot), newer_may_be_lost }
+    }
+}
+
+/// The superblock to use; `None`: no volume.
+fn choose(path: &str, slots: [Slot; 2]) -> Result<Option<Chosen>, ReadError> {
     match slots {
         [Slot::Blank, Slot::Blank] => Ok(None),
         [Slot::Valid(first, first_features), Slot::Valid(second, second_features)] => {
@@ -157,11 +177,22 @@ fn choose(path: &str, slots: [Slot; 2]) -> Result<Option<(Superblock, u64, Optio
             let (newer, newer_slot, older) =
                 if first.event_count > second.event_count { (first, 0, second) } else { (second, 1, first) };
             let damaged_slot = compare(path, &older, &newer)?.then_some(1 - newer_slot);
-            Ok(Some((*newer, first_features | second_features, damaged_slot)))
+            // Whatever is wrong with the older one: a newer one would stand in its place.
+            let read_only_features = first_features | second_features;
+            Ok(Some(Chosen {
+                superblock: *newer,
+                read_only_features,
+                damaged_slot,
+                newer_may_be_lost: false,
+            }))
         }
-        // `create` writes both slots, so the other one is never blank in good order.
-        [Slot::Valid(superblock, features), _] => Ok(Some((*superblock, features, Some(1)))),
-        [_, Slot::Valid(superblock, features)] => Ok(Some((*superblock, features, Some(0)))),
+        // Blank in good order: of a replica that was added, until the second commit. `create` writes both slots.
+        [Slot::Valid(superblock, features), other] => {
+            Ok(Some(Chosen::alone(*superblock, features, 1, &other)))
+        }
+        [other, Slot::Valid(superblock, features)] => {
+            Ok(Some(Chosen::alone(*superblock, features, 0, &other)))
+        }
         [Slot::Unreadable(error), _] | [_, Slot::Unreadable(error)] => {
             Err(ReadError::Io { path: path.to_owned(), what: "superblocks", error })
         }

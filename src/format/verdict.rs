@@ -103,6 +103,25 @@ pub(super) enum Verdict {
     Full(ReplicaSlot, String),
 }
 
+impl Verdict {
+    /// The verdict on `found` where a newer superblock than the head may be lost: a damaged slot tells nobody what was in it.
+    /// By that one an old copy could be behind by more than shows, or a member taken in again, its stale map cleared. Only
+    /// who is level with the head took part in all that is known.
+    pub(super) fn in_doubt(self, head: &Superblock, found: &Superblock) -> Self {
+        match self {
+            Self::InSync(slot) | Self::Delta(slot) if !level(head, found) => Self::Full(
+                slot,
+                format!(
+                    "its event count is {}, that of the newest superblock found {}, and one newer still may be lost \
+                     (damaged slot)",
+                    found.event_count, head.event_count
+                ),
+            ),
+            verdict => verdict,
+        }
+    }
+}
+
 /// How two histories lie to each other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Lineage {
@@ -172,23 +191,6 @@ pub(super) fn verdict(head: &Superblock, found: &Superblock) -> Verdict {
 /// Whether both are of the same commit.
 pub(super) fn level(one: &Superblock, other: &Superblock) -> bool {
     one.generation == other.generation && one.event_count == other.event_count
-}
-
-/// The verdict where a newer superblock than the head may be lost: a damaged slot tells nobody what was in it. By that one an
-/// old copy could be behind by more than shows, or a member taken in again, its stale map cleared. Only who is level
-/// with the head took part in all that is known.
-pub(super) fn verdict_in_doubt(head: &Superblock, found: &Superblock) -> Verdict {
-    match verdict(head, found) {
-        Verdict::InSync(slot) | Verdict::Delta(slot) if !level(head, found) => Verdict::Full(
-            slot,
-            format!(
-                "its event count is {}, that of the newest superblock found {}, and one newer still may be lost \
-                 (damaged slot)",
-                found.event_count, head.event_count
-            ),
-        ),
-        verdict => verdict,
-    }
 }
 
 /// The head's entry for the replica that `found` stands on.

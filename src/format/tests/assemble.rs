@@ -203,11 +203,17 @@ fn an_old_copy_of_an_in_sync_replica_is_copied_in_full() {
     assert!(assembly.warnings[0].contains("earlier copy"), "{:?}", assembly.warnings);
 }
 
+/// Its other superblock slot is damaged.
+fn in_doubt(found: Found) -> Found {
+    let other_slot = 1 - found.superblock.event_count % 2;
+    Found { damaged_slot: Some(other_slot), newer_may_be_lost: true, ..found }
+}
+
 #[test]
 fn behind_a_head_that_may_have_lost_its_newest_superblock_is_copied_in_full() {
     // Commits 11 and 12 opened the volume, data was written, and slot 0 lost commit 12: a copy from before the opening
     // is behind by two and looks as if it were by one.
-    let head = |words| Found { damaged_slot: Some(0), ..found(0, &[1], 11, words) };
+    let head = |words| in_doubt(found(0, &[1], 11, words));
     let assembly = assert_roles(&[head("I11 I11"), found(1, &[1], 10, "I10 I10")], STRICT, "0|1|");
     assert_eq!(stale_count(&assembly, 1), 1000);
     assert!(assembly.warnings[0].contains("may be lost"), "{:?}", assembly.warnings);
@@ -223,15 +229,43 @@ fn behind_a_head_that_may_have_lost_its_newest_superblock_is_copied_in_full() {
 }
 
 #[test]
+fn what_is_missing_while_the_head_is_in_doubt_comes_back_in_full() {
+    // As above, but the others are not there: whoever comes back later may be an old copy, or have been taken in again.
+    let head = in_doubt(found(0, &[1], 11, "I11 I11 S9"));
+    let assembly = assert_roles(&[head], DEGRADED, "0||12");
+    assert_eq!((stale_count(&assembly, 1), stale_count(&assembly, 2)), (1000, 1000));
+}
+
+#[test]
+fn a_new_replica_that_is_being_copied_puts_nobody_in_doubt() {
+    // Commit 5 took slot 2 in, whose other slot was never written. It fell on a bad place of slot 0.
+    let whole = in_doubt(found(0, &[1], 4, "I4 S2"));
+    let new = Found { damaged_slot: Some(0), ..found(2, &[1], 5, "I5 S2 R5") };
+    assert_roles(&[whole.clone(), new], DEGRADED, "0|2|1");
+    // Not even where that other slot has rotted: nobody else is in sync.
+    assert_roles(&[whole, in_doubt(found(2, &[1], 5, "I5 S2 R5"))], DEGRADED, "0|2|1");
+}
+
+#[test]
+fn force_takes_what_was_whole_before_a_copy_that_was_not_finished() {
+    let old = found(0, &[1], 3, "I3 I3");
+    let mut half = found(2, &[2, 1], 6, "S4 I6 R6");
+    half.superblock.members[0].as_mut().unwrap().event_count = 4;
+    half.maps.stale[2].fill(true);
+    let assembly = assert_roles(&[old, half], FORCE, "0|2|1");
+    assert_eq!(stale_count(&assembly, 2), 1000);
+}
+
+#[test]
 fn a_torn_superblock_that_is_a_commit_behind_is_a_crash() {
     // Commit 11 was torn on slot 1; slot 0 has it and the one before.
-    let torn = Found { damaged_slot: Some(1), ..found(1, &[1], 10, "I10 I10") };
+    let torn = in_doubt(found(1, &[1], 10, "I10 I10"));
     assert_roles(&[found(0, &[1], 11, "I11 I11"), torn], STRICT, "01||");
 }
 
 #[test]
 fn what_has_diverged_is_refused_whatever_may_be_lost() {
-    let head = Found { damaged_slot: Some(0), ..found(1, &[1], 13, "I13 I13") };
+    let head = in_doubt(found(1, &[1], 13, "I13 I13"));
     assert_diverged(&[found(0, &[1], 12, "I12 S10"), head]);
 }
 

@@ -148,9 +148,10 @@ fn one_damaged_superblock_is_survived_and_told() {
         let mut swapped = good();
         let other = slot_bytes(&mut swapped, 1 - slot).to_vec();
         slot_bytes(&mut swapped, slot).copy_from_slice(&other);
-        for device in [torn, blank, swapped] {
+        for (device, newer_may_be_lost) in [(torn, true), (blank, false), (swapped, true)] {
             let found = read(&device).unwrap().unwrap();
             assert_eq!(found.damaged_slot, Some(slot as u64));
+            assert_eq!(found.newer_may_be_lost, newer_may_be_lost);
             assert_eq!(found.superblock.event_count, 1 + slot as u64);
         }
         let device = good();
