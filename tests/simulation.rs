@@ -79,6 +79,10 @@ const REGRESSIONS: &[(u64, &str)] = &[
     ),
     (53_001_359, "no bug: the disk that would be the source is refused by a read-only start and replaced"),
     (53_003_225, "no bug: a create that tore a superblock leaves a replica that is behind, which is copied"),
+    (
+        189_142_843_410,
+        "no bug: one replica's flush failed, and before the other's had ended that gave a read error: two bad disks",
+    ),
     (41_040_502, "a torn superblock is made whole by a torn later one with the same member table"),
     (
         41_025_547,

@@ -78,6 +78,13 @@ impl Mirror {
         if good.is_empty() { self.in_sync } else { good }
     }
 
+    /// Whether reads may come from every replica in sync. Not so from when the flush of one has failed until it is known whether
+    /// the others' succeed, and that one is failed; meanwhile the others are all there is to read from.
+    #[must_use]
+    pub fn reads_from_all_in_sync(&self) -> bool {
+        self.readable() == self.in_sync
+    }
+
     /// Whether what the replica in `slot` has just read counts: a flush of it may have failed while it was reading, and it may
     /// have read what was left then. One that is not in sync (a planted bug reads it) is nobody's to judge here.
     pub(super) fn is_believed(&self, slot: ReplicaSlot) -> bool {

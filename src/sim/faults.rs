@@ -152,6 +152,10 @@ impl World {
         let requests = self.daemon.as_ref().map(|daemon| &daemon.requests);
         self.troubled.retain(|id| requests.is_some_and(|requests| requests.contains_key(id)));
         let pending_error = pending_error || !self.troubled.is_empty();
+        // Nor is a disk well whose flush has failed, which no request may have asked for, before the daemon has seen how the
+        // others' flushes end.
+        let pending_error =
+            pending_error || self.daemon.as_ref().is_some_and(|d| !d.mirror.reads_from_all_in_sync());
         // A disk whose cache was lost is not well before that is written anew, whether the daemon that heard of it
         // lived to record it or not.
         let well = |disk: &SimDisk| {
