@@ -89,6 +89,7 @@ impl CoreDriver {
             wall_clock_origin_ns: 0,
             intent_idle_ns: 5 * SECOND_NS,
             resync_jobs_max: 4,
+            without_intent: false,
         };
         config.traits[..2].fill(Some(traits));
         let pool = BufferPool::new(POOL_BYTES);
