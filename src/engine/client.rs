@@ -104,6 +104,8 @@ pub(super) struct Client {
     pub outgoing: VecDeque<Outgoing>,
     /// The receive in flight.
     pub receiving: Option<Key>,
+    /// The turn ends with a receive.
+    pub will_receive: bool,
     /// A send is in flight.
     pub sending: bool,
     /// Stands in the budget's line.
@@ -139,6 +141,7 @@ impl Client {
             held_bytes: 0,
             outgoing: VecDeque::new(),
             receiving: None,
+            will_receive: false,
             sending: false,
             in_line: false,
             broken: false,

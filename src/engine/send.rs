@@ -5,6 +5,7 @@
 
 use nix::sys::socket::{Shutdown, shutdown};
 
+use super::client::Client;
 use super::data_plane::DataPlane;
 use super::memory::STALL_NS;
 use super::operation::Operation;
@@ -90,12 +91,13 @@ impl DataPlane {
         self.touch(key);
     }
 
-    /// The end of a turn: starts sends, lets connections read on that can, lets the line for memory move.
+    /// The end of a turn: starts sends, lets connections read on that can, lets the line for memory move, starts receives.
     pub(super) fn settle(&mut self) {
         loop {
             while let Some(key) = self.touched.pop() {
                 self.start_send(key);
-                if self.clients.get(key).is_some_and(|client| client.receiving.is_none()) {
+                let waits = |client: &Client| client.receiving.is_none() && !client.will_receive;
+                if self.clients.get(key).is_some_and(waits) {
                     self.resume(key, false);
                 }
             }
@@ -106,6 +108,7 @@ impl DataPlane {
         if self.budget.is_waited_for() {
             self.sweep_within(STALL_SWEEP_NS);
         }
+        self.start_receives();
     }
 
     /// Has `sweep` called within so many nanoseconds.
