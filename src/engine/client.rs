@@ -108,6 +108,8 @@ pub(super) struct Client {
     pub will_receive: bool,
     /// A send is in flight.
     pub sending: bool,
+    /// It has sent large batches, and its socket has been seen to.
+    pub sends_large: bool,
     /// Stands in the budget's line.
     pub in_line: bool,
     /// Nothing can be sent any more: replies are dropped.
@@ -143,6 +145,7 @@ impl Client {
             receiving: None,
             will_receive: false,
             sending: false,
+            sends_large: false,
             in_line: false,
             broken: false,
             shut: false,
