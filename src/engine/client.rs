@@ -104,8 +104,12 @@ pub(super) struct Client {
     pub outgoing: VecDeque<Outgoing>,
     /// The receive in flight.
     pub receiving: Option<Key>,
+    /// The turn ends with a receive.
+    pub will_receive: bool,
     /// A send is in flight.
     pub sending: bool,
+    /// It has sent large batches, and its socket has been seen to.
+    pub sends_large: bool,
     /// Stands in the budget's line.
     pub in_line: bool,
     /// Nothing can be sent any more: replies are dropped.
@@ -139,7 +143,9 @@ impl Client {
             held_bytes: 0,
             outgoing: VecDeque::new(),
             receiving: None,
+            will_receive: false,
             sending: false,
+            sends_large: false,
             in_line: false,
             broken: false,
             shut: false,

@@ -75,6 +75,8 @@ pub(super) struct DataPlane {
     pub device_done: VecDeque<(OpId, Result<DeviceOutput, Errno>)>,
     /// Connections that may have replies to send, or may read on.
     pub touched: Vec<Key>,
+    /// Connections to receive from at the end of the turn.
+    pub receivers: Vec<Key>,
     /// Boxed as they go into operations, which stay small.
     #[expect(clippy::vec_box, reason = "the boxes are what is reused")]
     pub spare_batches: Vec<Box<SendBatch>>,
@@ -115,6 +117,7 @@ impl DataPlane {
             turn: 1,
             device_done: VecDeque::new(),
             touched: Vec::new(),
+            receivers: Vec::new(),
             spare_batches: Vec::new(),
             admin: HashMap::new(),
             admin_count: 0,

@@ -205,10 +205,15 @@ impl DeviceIo {
             }
             Work::Write { offset, done, data, durable } => {
                 let part = &data.bytes()[*done as usize..];
-                let iov = libc::iovec { iov_base: part.as_ptr().cast_mut().cast(), iov_len: part.len() };
-                let flags = durable.flags();
-                // SAFETY: one vector of `part.len()` bytes that are only read, borrowed here.
-                unsafe { libc::pwritev2(self.fd, &raw const iov, 1, (*offset + *done) as libc::off_t, flags) }
+                let offset = (*offset + *done) as libc::off_t;
+                if *durable != Durable::Itself {
+                    // SAFETY: reads `part.len()` bytes of `part`, which is borrowed here.
+                    unsafe { libc::pwrite(self.fd, part.as_ptr().cast(), part.len(), offset) }
+                } else {
+                    let iov = libc::iovec { iov_base: part.as_ptr().cast_mut().cast(), iov_len: part.len() };
+                    // SAFETY: one vector of `part.len()` bytes that are only read, borrowed here.
+                    unsafe { libc::pwritev2(self.fd, &raw const iov, 1, offset, durable.flags()) }
+                }
             }
             // SAFETY: takes no memory.
             Work::Flush => unsafe { libc::fdatasync(self.fd) as isize },

@@ -154,7 +154,22 @@ impl DataPlane {
         self.parse(key, at_front);
     }
 
-    /// Deals with everything that has been received and may be begun; then receives more where that is the way on.
+    /// Starts the receives of this turn. After its sends: the kernel takes operations in order, so replies are on their way
+    /// before it looks for the next requests, and finds those that came meanwhile.
+    pub(super) fn start_receives(&mut self) {
+        // Nobody is charged for receive buffers: where memory is short, they are small.
+        let roomy = self.pool.used_bytes() as u64 <= self.budget.bytes_max() / 2;
+        let buffer_bytes_max = if roomy { BUFFER_BYTES_MAX } else { BUFFER_BYTES_MIN };
+        while let Some(key) = self.receivers.pop() {
+            let Some(client) = self.clients.get_mut(key) else { continue };
+            client.will_receive = false;
+            if let Some(receive) = client.receive(key, &self.pool, buffer_bytes_max) {
+                client.receiving = Some(self.ring.start(Operation::Receive(receive)));
+            }
+        }
+    }
+
+    /// Deals with everything that has been received and may be begun; receives more at the end of the turn where that is the way on.
     /// `at_front`: the connection has just come out of the budget's line, and may have one request.
     pub(super) fn parse(&mut self, key: Key, at_front: bool) {
         let mut at_front = at_front;
@@ -187,11 +202,9 @@ impl DataPlane {
                     return;
                 }
                 Next::More => {
-                    // Nobody is charged for receive buffers: where memory is short, they are small.
-                    let roomy = self.pool.used_bytes() as u64 <= self.budget.bytes_max() / 2;
-                    let buffer_bytes_max = if roomy { BUFFER_BYTES_MAX } else { BUFFER_BYTES_MIN };
-                    if let Some(receive) = client.receive(key, &self.pool, buffer_bytes_max) {
-                        client.receiving = Some(self.ring.start(Operation::Receive(receive)));
+                    if client.is_reading() && client.receiving.is_none() && !client.will_receive {
+                        client.will_receive = true;
+                        self.receivers.push(key);
                     }
                     return self.let_go_if_done(key);
                 }

@@ -3,8 +3,11 @@
 //! What must hold: one send a connection is in flight at a time, so replies never mix. A broken connection drops its
 //! replies; its requests with the core are carried to their end all the same.
 
-use nix::sys::socket::{Shutdown, shutdown};
+use nix::sys::socket::{
+    AddressFamily, Shutdown, SockaddrLike, SockaddrStorage, getsockname, setsockopt, shutdown, sockopt,
+};
 
+use super::client::Client;
 use super::data_plane::DataPlane;
 use super::memory::STALL_NS;
 use super::operation::Operation;
@@ -22,6 +25,13 @@ const SPARE_BATCHES_MAX: usize = 64;
 const STALL_SWEEP_NS: u64 = SECOND_NS;
 /// Idle connections are not looked for more often than this, nanoseconds.
 const IDLE_SWEEP_NS_MIN: u64 = SECOND_NS / 10;
+
+/// A batch from which on the default send buffer of a Unix socket is too small, bytes.
+const LARGE_BYTES: usize = 256 << 10;
+/// The send buffer of a Unix socket with such batches, bytes; the kernel counts its own overhead on top of it.
+const SEND_BUFFER_BYTES: usize = 1 << 20;
+/// With more clients than this nobody gets one: what it holds is in no budget.
+const LARGE_CLIENTS_MAX: usize = 16;
 
 impl DataPlane {
     /// Puts a whole reply in line; it goes out at the end of the turn.
@@ -90,12 +100,13 @@ impl DataPlane {
         self.touch(key);
     }
 
-    /// The end of a turn: starts sends, lets connections read on that can, lets the line for memory move.
+    /// The end of a turn: starts sends, lets connections read on that can, lets the line for memory move, starts receives.
     pub(super) fn settle(&mut self) {
         loop {
             while let Some(key) = self.touched.pop() {
                 self.start_send(key);
-                if self.clients.get(key).is_some_and(|client| client.receiving.is_none()) {
+                let waits = |client: &Client| client.receiving.is_none() && !client.will_receive;
+                if self.clients.get(key).is_some_and(waits) {
                     self.resume(key, false);
                 }
             }
@@ -106,6 +117,7 @@ impl DataPlane {
         if self.budget.is_waited_for() {
             self.sweep_within(STALL_SWEEP_NS);
         }
+        self.start_receives();
     }
 
     /// Has `sweep` called within so many nanoseconds.
@@ -137,10 +149,32 @@ impl DataPlane {
             }
             None => SendBatch::new(key, fd),
         };
-        batch.fill(&mut client.outgoing);
+        let bytes = batch.fill(&mut client.outgoing);
+        if bytes >= LARGE_BYTES && !client.sends_large && self.clients.len() <= LARGE_CLIENTS_MAX {
+            self.make_room_to_send(key);
+        }
+        let Some(client) = self.clients.get_mut(key) else { unreachable!("looked up above") };
         client.sending = true;
         client.moved_at = self.now;
         self.ring.start(Operation::Send(batch));
+    }
+
+    /// Lets the kernel take a large batch at once, where by default it takes a fifth of that, and then a wake-up for the rest again
+    /// and again. Over TCP it finds the right amount by itself.
+    fn make_room_to_send(&mut self, key: Key) {
+        let Some(client) = self.clients.get_mut(key) else { return };
+        client.sends_large = true;
+        let family =
+            getsockname::<SockaddrStorage>(client.raw_fd()).ok().and_then(|address| address.family());
+        if family != Some(AddressFamily::Unix) {
+            return;
+        }
+        let forced = setsockopt(&client.fd, sockopt::SndBufForce, &SEND_BUFFER_BYTES);
+        // Without the right to that: as much as anybody may have.
+        let result = forced.or_else(|_| setsockopt(&client.fd, sockopt::SndBuf, &SEND_BUFFER_BYTES));
+        if let Err(errno) = result {
+            tracing::debug!("{}: the send buffer stays as it is: {}", client.peer, errno.desc());
+        }
     }
 
     /// The kernel has taken some of a batch, or the connection is gone.

@@ -101,8 +101,8 @@ impl SendBatch {
         self.vectors.clear();
     }
 
-    /// Takes replies (and pieces) from the front of `queue`, at least one, in order.
-    pub(super) fn fill(&mut self, queue: &mut VecDeque<Outgoing>) {
+    /// Takes replies (and pieces) from the front of `queue`, at least one, in order. Gives their length in bytes.
+    pub(super) fn fill(&mut self, queue: &mut VecDeque<Outgoing>) -> usize {
         assert!(self.segments.is_empty() && !queue.is_empty());
         let mut batch_bytes = 0;
         while batch_bytes < BATCH_BYTES && self.segments.len() < VECTORS_MAX - 2 {
@@ -126,6 +126,7 @@ impl SendBatch {
             }
         }
         self.point();
+        batch_bytes
     }
 
     /// What has been added to `bytes` is to be sent: as part of the last segment or as a new one.

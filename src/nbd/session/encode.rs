@@ -16,7 +16,9 @@ use crate::units::BLOCK_BYTES;
 
 /// The bytes of a reply, or of a chunk of one, before the bytes that were read. All but errors fit without an
 /// allocation.
-pub type Head = SmallVec<[u8; 48]>;
+pub type Head = SmallVec<[u8; HEAD_BYTES]>;
+
+const HEAD_BYTES: usize = 48;
 
 /// Longest extent that 32 bits hold, bytes, in whole blocks.
 const SHORT_EXTENT_BYTES_MAX: u32 = u32::MAX - (BLOCK_BYTES as u32 - 1);
@@ -130,23 +132,25 @@ impl Session {
         reply
     }
 
-    /// A chunk's header.
+    /// A chunk's header. Put together in one piece: every READ has one.
     fn chunk(&self, tag: Tag, done: bool, kind: u16, payload_bytes: usize) -> Head {
         let extended = self.negotiated.mode == ReplyMode::Extended;
         let magic = if extended { wire::EXTENDED_CHUNK_MAGIC } else { wire::CHUNK_MAGIC };
         let flags = if done { wire::CHUNK_FLAG_DONE } else { 0 };
-        let mut head = Head::new();
-        head.extend_from_slice(&magic.to_be_bytes());
-        head.extend_from_slice(&flags.to_be_bytes());
-        head.extend_from_slice(&kind.to_be_bytes());
-        head.extend_from_slice(&tag.cookie.to_be_bytes());
-        if extended {
-            head.extend_from_slice(&tag.offset.to_be_bytes());
-            head.extend_from_slice(&(payload_bytes as u64).to_be_bytes());
+        let mut bytes = [0; HEAD_BYTES];
+        bytes[..4].copy_from_slice(&magic.to_be_bytes());
+        bytes[4..6].copy_from_slice(&flags.to_be_bytes());
+        bytes[6..8].copy_from_slice(&kind.to_be_bytes());
+        bytes[8..16].copy_from_slice(&tag.cookie.to_be_bytes());
+        let len = if extended {
+            bytes[16..24].copy_from_slice(&tag.offset.to_be_bytes());
+            bytes[24..32].copy_from_slice(&(payload_bytes as u64).to_be_bytes());
+            wire::EXTENDED_CHUNK_BYTES
         } else {
-            head.extend_from_slice(&(payload_bytes as u32).to_be_bytes());
-        }
-        head
+            bytes[16..20].copy_from_slice(&(payload_bytes as u32).to_be_bytes());
+            wire::CHUNK_BYTES
+        };
+        Head::from_buf_and_len(bytes, len)
     }
 }
 
