@@ -165,6 +165,9 @@ impl DataPlane {
             client.will_receive = false;
             if let Some(receive) = client.receive(key, &self.pool, buffer_bytes_max) {
                 client.receiving = Some(self.ring.start(Operation::Receive(receive)));
+            } else {
+                // It was given up meanwhile.
+                self.let_go_if_done(key);
             }
         }
     }
