@@ -27,6 +27,7 @@ use super::operation::Operation;
 use super::ring::{Completion, Ring};
 use super::send_batch::SendBatch;
 use super::slab::{Key, Slab};
+use super::spin::Spin;
 use crate::buffer::{BufferPool, SharedBuffer};
 use crate::mirror::Mirror;
 use crate::mirror::event::{
@@ -87,6 +88,9 @@ pub(super) struct DataPlane {
     pub sweep_at: Option<Nanos>,
     /// How long a client may be idle (see `EngineConfig`).
     pub client_idle_ns_max: Option<u64>,
+    /// Requests that the core has answered since something else than sends was completed.
+    answers: u32,
+    spin: Spin,
     actions: Vec<Action>,
     /// The core is being fed: what it asks for is done before the next event.
     feeding: bool,
@@ -124,6 +128,8 @@ impl DataPlane {
             stop: None,
             sweep_at: None,
             client_idle_ns_max,
+            answers: 0,
+            spin: Spin::new(),
             actions: Vec::new(),
             feeding: false,
             origin: Instant::now(),
@@ -142,8 +148,7 @@ impl DataPlane {
             if let Some(report) = self.stop_step() {
                 return self.close(report);
             }
-            let timeout = self.time_left();
-            self.ring.wait(timeout, &mut completions);
+            self.wait(&mut completions);
             for (index, completion) in completions.drain(..).enumerate() {
                 if index % CLOCK_EVERY == 0 {
                     self.look_at_clock();
@@ -157,6 +162,25 @@ impl DataPlane {
             if self.sweep_at.is_some_and(|at| at <= self.now) {
                 self.sweep();
             }
+        }
+    }
+
+    /// Submits what is queued and waits for completions, awake for a moment where that is likely to be enough.
+    fn wait(&mut self, completions: &mut Vec<Completion>) {
+        let timeout = self.time_left();
+        if let Some(limit) = self.spin.limit(self.answers, self.requests.len()) {
+            let limit = timeout.map_or(limit, |timeout| limit.min(timeout));
+            let found = self.ring.spin(limit, completions);
+            // A reply is sent at once as a rule, which says nothing of the next request.
+            if !found || !only_sends(completions) {
+                self.spin.looked(found);
+            }
+        }
+        if completions.is_empty() {
+            self.ring.wait(timeout, completions);
+        }
+        if completions.is_empty() || !only_sends(completions) {
+            self.answers = 0;
         }
     }
 
@@ -227,6 +251,7 @@ impl DataPlane {
                 let Some(pending) = self.requests.remove(Key::from_u64(id)) else {
                     unreachable!("the core answers each request once")
                 };
+                self.answers += 1;
                 self.answer(pending, result);
             }
             Action::Attach { id, slot } => self.attach(id, slot),
@@ -305,6 +330,10 @@ impl DataPlane {
         }
         report
     }
+}
+
+fn only_sends(completions: &[Completion]) -> bool {
+    completions.iter().all(|completion| matches!(completion.operation, Operation::Send(_)))
 }
 
 /// The protocol's word for the core's.

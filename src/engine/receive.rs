@@ -157,12 +157,12 @@ impl DataPlane {
     /// Starts the receives of this turn. After its sends: the kernel takes operations in order, so replies are on their way
     /// before it looks for the next requests, and finds those that came meanwhile.
     pub(super) fn start_receives(&mut self) {
-        // Nobody is charged for receive buffers: where memory is short, they are small.
-        let roomy = self.pool.used_bytes() as u64 <= self.budget.bytes_max() / 2;
-        let buffer_bytes_max = if roomy { BUFFER_BYTES_MAX } else { BUFFER_BYTES_MIN };
         while let Some(key) = self.receivers.pop() {
             let Some(client) = self.clients.get_mut(key) else { continue };
             client.will_receive = false;
+            // Nobody is charged for receive buffers: where memory is short, they are small.
+            let roomy = self.pool.used_bytes() as u64 <= self.budget.bytes_max() / 2;
+            let buffer_bytes_max = if roomy { BUFFER_BYTES_MAX } else { BUFFER_BYTES_MIN };
             if let Some(receive) = client.receive(key, &self.pool, buffer_bytes_max) {
                 client.receiving = Some(self.ring.start(Operation::Receive(receive)));
             } else {

@@ -4,7 +4,7 @@
 //! taken. A ring that is dropped with operations in flight leaks them: the kernel may still use their memory.
 
 use std::io::{self, Write};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, types};
 
@@ -15,6 +15,9 @@ use super::slab::{Key, Slab};
 const SUBMISSIONS: u32 = 1024;
 /// Entries of the completion queue. More completions than this wait in the kernel (`NODROP`).
 const COMPLETIONS: u32 = 8192;
+
+/// `IORING_ENTER_GETEVENTS`: the kernel does what is due of its work, which makes completions.
+const ENTER_GETEVENTS: u32 = 1;
 
 /// A completed operation, given back.
 pub(super) struct Completion {
@@ -86,6 +89,29 @@ impl Ring {
             self.take();
         }
         out.append(&mut self.taken);
+    }
+
+    /// Submits what is queued and looks for completions for at most `limit` without sleeping; appends them to `out`. Whether
+    /// there were any. Threads that wait for this processor get it meanwhile.
+    pub(super) fn spin(&mut self, limit: Duration, out: &mut Vec<Completion>) -> bool {
+        let begin = Instant::now();
+        self.poll();
+        while self.taken.is_empty() && begin.elapsed() < limit {
+            std::thread::yield_now();
+            if self.uring.submission().taskrun() || !self.uring.completion().is_empty() {
+                self.poll();
+            }
+        }
+        out.append(&mut self.taken);
+        !out.is_empty()
+    }
+
+    /// Submits what is queued and takes what is completed. Errors are left to the next `enter`, which meets them again.
+    fn poll(&mut self) {
+        let queued = self.uring.submission().len() as u32;
+        // SAFETY: no argument is passed that memory would have to stand behind.
+        let _ = unsafe { self.uring.submitter().enter::<libc::sigset_t>(queued, 0, ENTER_GETEVENTS, None) };
+        self.take();
     }
 
     /// One `io_uring_enter`. Errors of the moment are left to the next turn; any other means that the ring is
