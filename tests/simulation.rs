@@ -83,6 +83,11 @@ const REGRESSIONS: &[(u64, &str)] = &[
         189_142_843_410,
         "no bug: one replica's flush failed, and before the other's had ended that gave a read error: two bad disks",
     ),
+    (
+        70_053_442,
+        "no bug: the last stop is told of a flush that failed when the daemon was killed, and fails that replica",
+    ),
+    (70_092_178, "the same"),
     (41_040_502, "a torn superblock is made whole by a torn later one with the same member table"),
     (
         41_025_547,

@@ -12,7 +12,7 @@ use crate::mirror::status::Health;
 use crate::planted::{Bug, plant};
 use crate::units::SECOND_NS;
 
-use super::counts::Counts;
+use super::counts::{Counts, FaultKind};
 use super::plan::Plan;
 use super::world::{Checked, Violation, World, violated};
 
@@ -136,13 +136,17 @@ pub(super) fn stop_well(world: &mut World) -> Result<bool, Violation> {
     if world.beyond_repair {
         return Ok(false);
     }
+    let late_errors = |world: &World| world.counts.faults_of(FaultKind::LateFlushError);
+    let heard_before = late_errors(world);
     let Some(clean) = world.stop()? else { return violated("liveness", "the daemon died of a stop") };
     if !clean {
         return violated("promise_4_clean_means_clean", "the last stop was not clean though all is well");
     }
     world.promise_10_the_data_is_yours()?;
-    if !world.plan.within_model && world.in_sync_disks().len() < world.disks.len() {
-        return Ok(false); // a flush that was lost before showed in the last one
+    // A flush that was lost before, or failed when a kill kept the daemon from hearing of it, showed in the last one.
+    let lost_before = !world.plan.within_model || late_errors(world) > heard_before;
+    if lost_before && world.in_sync_disks().len() < world.disks.len() {
+        return Ok(false);
     }
     Ok(true)
 }
