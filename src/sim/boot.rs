@@ -175,7 +175,7 @@ impl World {
         match assemble(&found, AssembleOptions { degraded: true, ..AssembleOptions::default() }) {
             Ok(assembly) if assembly.resync.is_empty() => Ok(()),
             // Of a torn slot nobody knows what was in it: another replica that is behind is copied, and nothing lost.
-            Ok(_) if found.iter().any(|found| found.damaged_slot.is_some()) => Ok(()),
+            Ok(_) if found.iter().any(|found| found.newer_may_be_lost) => Ok(()),
             Ok(assembly) => violated("create", format!("resync of {:?} after a crash", assembly.resync)),
             // Leftovers of an attempt before: they are two volumes.
             Err(AssembleError::Empty | AssembleError::Foreign(_)) => Ok(()),
