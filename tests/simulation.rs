@@ -88,6 +88,10 @@ const REGRESSIONS: &[(u64, &str)] = &[
         "no bug: the last stop is told of a flush that failed when the daemon was killed, and fails that replica",
     ),
     (70_092_178, "the same"),
+    (
+        70_052_068,
+        "a copy with the count of a superblock that rotted on every replica, used again, counts as in sync",
+    ),
     (41_040_502, "a torn superblock is made whole by a torn later one with the same member table"),
     (
         41_025_547,

@@ -124,6 +124,9 @@ pub struct Assembly {
     /// The operator used `--force` to start from stale replicas: a new generation is due even where no
     /// replica is missing.
     pub forced: bool,
+    /// A newer superblock than the head may be lost on everybody who is found: its event count may be used again, and
+    /// an old copy may have it too.
+    pub in_doubt: bool,
     /// Those in sync whose newest superblock is older than the head (by one: a crash fell between).
     pub laggards: ReplicaSet,
     /// What an operator should be told (damaged slots, replicas that need a full copy and why).
@@ -331,6 +334,7 @@ impl Roles {
     }
 
     fn into_assembly(mut self, found: &[Found], head: &Superblock, forced: bool) -> Assembly {
+        let in_doubt = in_doubt(found, head);
         let mut head = head.clone();
         let regions = head.regions.count() as usize;
         let maps = self.united_maps(found, regions);
@@ -365,6 +369,7 @@ impl Roles {
         self.warn_of_damage(found);
         self.warn_of_missing(&head);
         Assembly {
+            in_doubt,
             head,
             found_of_slot: self.found_of_slot,
             in_sync: self.in_sync,

@@ -83,7 +83,10 @@ type ReadAt<'a> = &'a mut dyn FnMut(ReplicaOffset, &mut [u8]) -> io::Result<()>;
 /// What a superblock slot holds.
 enum Slot {
     Valid(Box<Superblock>, u64),
+    /// Zeroes: never written, or wiped.
     Blank,
+    /// No magic: never ours, or a superblock whose first bytes have rotted.
+    Foreign,
     Damaged(String),
     Unreadable(io::Error),
 }
@@ -142,7 +145,8 @@ fn read_slot(path: &str, device_bytes: u64, slot: u64, read_at: ReadAt<'_>) -> R
         Ok(superblock) => {
             Ok(Slot::Valid(Box::new(superblock), Superblock::unknown_read_only_features(&bytes)))
         }
-        Err(DecodeError::Blank) => Ok(Slot::Blank),
+        Err(DecodeError::Blank) if bytes == [0; SUPERBLOCK_BYTES] => Ok(Slot::Blank),
+        Err(DecodeError::Blank) => Ok(Slot::Foreign),
         Err(error @ DecodeError::Damaged(_)) => Ok(Slot::Damaged(error.to_string())),
         // Whatever the other slot holds: the newer program may have changed anything else here.
         Err(error @ (DecodeError::NewerVersion { .. } | DecodeError::UnknownFeatures { .. })) => {
@@ -171,7 +175,7 @@ impl Chosen {
 /// The superblock to use; `None`: no volume.
 fn choose(path: &str, slots: [Slot; 2]) -> Result<Option<Chosen>, ReadError> {
     match slots {
-        [Slot::Blank, Slot::Blank] => Ok(None),
+        [Slot::Blank | Slot::Foreign, Slot::Blank | Slot::Foreign] => Ok(None),
         [Slot::Valid(first, first_features), Slot::Valid(second, second_features)] => {
             // The slots of one replica have event counts of different parity: never equal.
             let (newer, newer_slot, older) =
@@ -209,6 +213,7 @@ impl Slot {
         match self {
             Self::Damaged(fault) => fault,
             Self::Blank => "blank",
+            Self::Foreign => "no superblock",
             Self::Valid(..) | Self::Unreadable(_) => "unusable",
         }
     }

@@ -4,7 +4,8 @@
 //! stand in a cache only, and a superblock written beside one that a power cut takes away would be the last one
 //! lost, too. Before the first data write, (1) every page with a bit set is the same on every active
 //! replica, (2) *two* superblock commits are durable, so that a copy of a replica taken before is at least two
-//! events behind and is never taken for current, (3) members that are not there are recorded as such.
+//! events behind and is never taken for current (three where the newest superblock may be lost: the first has the
+//! event count of that one then, as such a copy may), (3) members that are not there are recorded as such.
 
 use std::collections::VecDeque;
 
@@ -98,7 +99,7 @@ impl Mirror {
             laggards: assembly.laggards,
             assembled_head: head.clone(),
             opening_flush: if config.read_only { OpeningFlush::Done } else { OpeningFlush::Due },
-            opening_commits: OPENING_COMMITS,
+            opening_commits: OPENING_COMMITS + u32::from(assembly.in_doubt),
             early: VecDeque::new(),
             unclean_bytes_at_start: 0,
             counters: ClientCounters::default(),

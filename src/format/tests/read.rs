@@ -148,7 +148,10 @@ fn one_damaged_superblock_is_survived_and_told() {
         let mut swapped = good();
         let other = slot_bytes(&mut swapped, 1 - slot).to_vec();
         slot_bytes(&mut swapped, slot).copy_from_slice(&other);
-        for (device, newer_may_be_lost) in [(torn, true), (blank, false), (swapped, true)] {
+        let mut magic_rotted = good();
+        slot_bytes(&mut magic_rotted, slot)[3] ^= 1;
+        let cases = [(torn, true), (blank, false), (swapped, true), (magic_rotted, true)];
+        for (device, newer_may_be_lost) in cases {
             let found = read(&device).unwrap().unwrap();
             assert_eq!(found.damaged_slot, Some(slot as u64));
             assert_eq!(found.newer_may_be_lost, newer_may_be_lost);

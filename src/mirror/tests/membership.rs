@@ -119,3 +119,26 @@ fn a_replica_joins_though_flushes_of_the_last_one_in_sync_keep_failing() {
     assert_eq!(world.state(0), ReplicaState::Faulty);
     assert_eq!(world.state(1), ReplicaState::InSync);
 }
+
+/// Beyond the fault model: the newest superblock rots on every replica.
+#[test]
+fn a_copy_with_the_count_of_a_superblock_that_rotted_everywhere_is_an_old_copy() {
+    let mut world = World::new(2);
+    world.write(0, 4096, 5).unwrap();
+    let mut images = world.crash();
+    let old = images[0].clone();
+    for image in &mut images {
+        let newest = found_on(image, "r").unwrap().superblock.event_count;
+        let layout = Layout { regions: REGIONS, device_bytes: image.len() as u64 };
+        let at = layout.superblock_offset(newest % 2).0 as usize;
+        image[at..at + 512].fill(0xdb);
+    }
+    let mut world = World::open(images, &[0, 1], AssembleOptions::default());
+    world.write(0, 4096, 6).unwrap();
+    let mut images = world.crash();
+    images[0] = old;
+    let mut world = World::open(images, &[0, 1], AssembleOptions::default());
+    assert_eq!(world.read(0, 1), [6]);
+    world.wait(SECOND_NS);
+    assert!(world.same_data(0, 1));
+}
