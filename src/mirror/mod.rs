@@ -35,6 +35,7 @@ mod membership;
 mod open;
 mod ops;
 mod overlap;
+mod pace;
 mod read;
 mod read_policy;
 mod replica;
@@ -282,6 +283,7 @@ impl Mirror {
     /// A client's request: queued before the volume is open, refused while it stops.
     fn request(&mut self, id: RequestId, request: Request) {
         self.counters.in_flight += 1;
+        self.resync.pace.client_came(self.now);
         if self.stopping() {
             self.reply(id, Err(RequestError::Stopping));
         } else if !self.open {

@@ -23,6 +23,7 @@ use super::event::{DeviceOp, DeviceOutput, NoticeLevel};
 use super::flush::FlushOwner;
 use super::ops::OpOwner;
 use super::overlap::{LockId, Mode};
+use super::pace::Pace;
 use super::slab::Key;
 use super::{Mirror, Task, Work};
 use crate::buffer::{Payload, SharedBuffer};
@@ -96,6 +97,7 @@ pub(super) struct ResyncState {
     pub(super) exhausted: bool,
     /// The flush of the last replica in sync.
     pub(super) alone_flush: AloneFlush,
+    pub(super) pace: Pace,
     cursor: u64,
     /// Bytes copied since there was nothing to copy.
     pub(super) done_bytes: u64,
@@ -112,15 +114,25 @@ impl ResyncState {
             backoff_due: None,
             exhausted: false,
             alone_flush: AloneFlush::Idle,
+            pace: Pace::new(),
             cursor: 0,
             done_bytes: 0,
             marks: VecDeque::new(),
         }
     }
 
-    /// When a region that could not be read is due again.
+    /// When a region that could not be read is due again, or clients' turn is over.
     pub(super) fn deadline(&self) -> Option<Nanos> {
-        self.backoff_due
+        self.pace.deadline().into_iter().chain(self.backoff_due).min()
+    }
+
+    fn pass_deadlines(&mut self, now: Nanos) {
+        self.pace.pass(now);
+        if self.backoff_due.is_some_and(|at| at <= now) {
+            self.backoff.retain(|_, at| *at > now);
+            self.backoff_due = self.backoff.values().min().copied();
+            self.exhausted = false;
+        }
     }
 
     /// Bytes a second over the last marks.
@@ -220,37 +232,42 @@ impl Mirror {
 
     /// Starts jobs while there are regions to copy and room for jobs.
     pub(super) fn pump_resync(&mut self) {
+        let now = self.now;
+        self.resync.pass_deadlines(now);
         if !self.open || self.config.read_only || self.in_sync.is_empty() {
             return;
         }
         if self.resync.alone_flush != AloneFlush::Idle {
             return;
         }
-        let now = self.now;
-        if self.resync.backoff_due.is_some_and(|at| at <= now) {
-            self.resync.backoff.retain(|_, at| *at > now);
-            self.resync.backoff_due = self.resync.backoff.values().min().copied();
-            self.resync.exhausted = false;
-        }
         if !self.anything_to_copy() {
             if self.resync.active.is_empty() {
                 self.resync.done_bytes = 0;
                 self.resync.marks.clear();
+                self.resync.pace.end();
             }
             if self.resync.wanted.is_empty() {
                 return;
             }
         }
-        // Clients go first: half the jobs while requests are in flight, but always one.
-        let busy = self.tasks.len() > self.resync.active.len();
-        let jobs_max =
-            if busy { self.config.resync_jobs_max.div_ceil(2) } else { self.config.resync_jobs_max };
-        while self.resync.active.len() < jobs_max.max(1)
+        while self.job_may_begin()
             && let Some(region) = self.next_region()
         {
             self.resync.mark(now);
             self.start_job(region);
         }
+    }
+
+    /// Clients go first: while their requests are in flight there are half the jobs (but always one), and while they are
+    /// busy copies and they take turns. A reader that waits for a region is a client.
+    fn job_may_begin(&mut self) -> bool {
+        let (active, jobs_max) = (self.resync.active.len(), self.config.resync_jobs_max.max(1));
+        if !self.resync.wanted.is_empty() {
+            return active < jobs_max;
+        }
+        let in_flight = self.tasks.len() > active;
+        let jobs_max = if in_flight { jobs_max.div_ceil(2) } else { jobs_max };
+        active < jobs_max && !self.resync.exhausted && self.resync.pace.may_begin(self.now, active, in_flight)
     }
 
     fn start_job(&mut self, region: RegionIndex) {

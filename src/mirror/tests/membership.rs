@@ -142,3 +142,38 @@ fn a_copy_with_the_count_of_a_superblock_that_rotted_everywhere_is_an_old_copy()
     world.wait(SECOND_NS);
     assert!(world.same_data(0, 1));
 }
+
+#[test]
+fn a_resync_makes_room_for_clients_whose_requests_ended_before_it_looked() {
+    let mut world = World::new(2);
+    world.admin(AdminCommand::Fail(ReplicaSlot::new(1))).unwrap();
+    world.write(0, VOLUME_BYTES, 1).unwrap();
+    let command = world.candidate(1, false);
+    world.send_admin(command);
+    let copies = |world: &World| world.mirror.resync.active.len();
+    while copies(&world) == 0 {
+        assert!(world.step());
+    }
+    let asked_at = world.now;
+    // Each of them has ended, and its answer made the client ask again, before the next event.
+    let mut steps = 0;
+    while copies(&world) > 0 {
+        world.mirror.resync.pace.client_came(world.now);
+        world.now = world.now.plus(SECOND_NS / 2000);
+        assert!(world.step());
+        steps += 1;
+    }
+    assert!(steps > 16 && world.mirror.anything_to_copy(), "it rests: {steps} steps");
+    let rest_ends = world.mirror.resync.deadline().unwrap();
+    assert!(rest_ends > world.now && world.queue.is_empty());
+    assert_eq!(world.mirror.next_deadline().map(|at| at <= rest_ends), Some(true));
+    // A reader's region does not wait.
+    world.mirror.want_region(crate::units::RegionIndex(15));
+    world.mirror.work.push_back(super::super::Work::Pump);
+    world.handle(Event::Tick);
+    assert_eq!(copies(&world), 1);
+    world.drain();
+    world.wait(SECOND_NS);
+    assert_eq!(world.state(1), ReplicaState::InSync);
+    assert!(world.same_data(0, 1) && world.now > asked_at);
+}
