@@ -139,7 +139,7 @@ impl DataPlane {
 
     /// Runs until it is stopped.
     pub(super) fn run(mut self) -> StopReport {
-        self.listen_to_mailbox();
+        self.listen_to_mailbox(Box::new(0));
         self.feed(Event::Tick);
         let mut completions = Vec::new();
         loop {
@@ -202,18 +202,19 @@ impl DataPlane {
             Operation::Device(io) => self.device_completed(io, result),
             Operation::Receive(receive) => self.received(receive, result),
             Operation::Send(batch) => self.sent(batch, result),
-            Operation::Wake { .. } => {
+            Operation::Wake { value, .. } => {
                 self.wake = None;
                 self.read_mailbox();
-                self.listen_to_mailbox();
+                self.listen_to_mailbox(value);
             }
             Operation::Cancel { .. } => {}
         }
     }
 
-    fn listen_to_mailbox(&mut self) {
+    /// Into `value`, which is used again and again.
+    fn listen_to_mailbox(&mut self, value: Box<u64>) {
         let fd = self.mailbox.eventfd.as_raw_fd();
-        self.wake = Some(self.ring.start(Operation::Wake { fd, value: Box::new(0) }));
+        self.wake = Some(self.ring.start(Operation::Wake { fd, value }));
     }
 
     /// Tells the core, and does what it asks for, until it asks for nothing more.

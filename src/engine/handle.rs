@@ -154,7 +154,7 @@ pub(super) enum Message {
 pub(super) struct Counted(Arc<AtomicUsize>);
 
 impl Counted {
-    fn new(count: &Arc<AtomicUsize>) -> Self {
+    pub(super) fn new(count: &Arc<AtomicUsize>) -> Self {
         count.fetch_add(1, Ordering::Relaxed);
         Self(Arc::clone(count))
     }
@@ -175,6 +175,11 @@ pub(super) struct Mailbox {
 }
 
 impl Mailbox {
+    pub(super) fn new() -> std::io::Result<Self> {
+        let eventfd = EventFd::from_flags(EfdFlags::EFD_CLOEXEC).map_err(std::io::Error::from)?;
+        Ok(Self { messages: Mutex::new(Some(VecDeque::new())), eventfd })
+    }
+
     pub(super) fn post(&self, message: Message) {
         if self.put(message) {
             self.wake();
@@ -300,8 +305,7 @@ impl Engine {
 /// Where io_uring, or a thread, is not to be had.
 pub fn start(config: EngineConfig) -> Result<Engine, EngineError> {
     availability::check_io_uring()?;
-    let eventfd = EventFd::from_flags(EfdFlags::EFD_CLOEXEC).map_err(std::io::Error::from)?;
-    let mailbox = Arc::new(Mailbox { messages: Mutex::new(Some(VecDeque::new())), eventfd });
+    let mailbox = Arc::new(Mailbox::new()?);
     let handle = EngineHandle { mailbox: Arc::clone(&mailbox), connections: Arc::default() };
     let (ready, started) = mpsc::channel();
     let thread = std::thread::Builder::new().name("nbdmirror-data".to_owned()).spawn(move || {

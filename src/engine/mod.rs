@@ -32,6 +32,8 @@ mod send_batch;
 mod slab;
 mod spin;
 mod survey;
+#[cfg(test)]
+mod tests;
 
 pub use availability::{UringUnavailable, check_io_uring};
 pub use device::{Access, DeviceIdentity, DeviceKind, DeviceOpenError, ReplicaDevice, identity_of_path};

@@ -46,17 +46,30 @@ pub(crate) fn open_replica(dir: &Path, name: &str) -> ReplicaDevice {
 
 /// Hands one end of a new socket pair to the engine.
 pub(crate) fn hand_over(handle: &EngineHandle, export: &Arc<Export>, leftover: Vec<u8>) -> Client {
+    hand_over_as(handle, export, Negotiated::default(), leftover)
+}
+
+fn hand_over_as(
+    handle: &EngineHandle,
+    export: &Arc<Export>,
+    negotiated: Negotiated,
+    leftover: Vec<u8>,
+) -> Client {
     let (ours, theirs) = UnixStream::pair().unwrap();
     ours.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
     ours.set_write_timeout(Some(Duration::from_secs(30))).unwrap();
-    let session = Session::new(Arc::clone(export), Negotiated::default());
+    let session = Session::new(Arc::clone(export), negotiated);
     handle.connect(Connection { fd: theirs.into(), session, leftover, peer: "test".to_owned() });
     Client { stream: ours }
 }
 
 impl World {
     pub(crate) fn new(memory_bytes_max: u64) -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        Self::new_in(tempfile::tempdir().unwrap(), memory_bytes_max)
+    }
+
+    /// With its replicas in that directory.
+    pub(crate) fn new_in(dir: tempfile::TempDir, memory_bytes_max: u64) -> Self {
         let devices = ["a", "b"].map(|name| open_replica(dir.path(), name));
         let new_replica = |device: &ReplicaDevice| NewReplica {
             uuid: Uuid::new_v4(),
@@ -112,6 +125,11 @@ impl World {
             replicas: [0, 1].map(ReplicaSlot::new).into_iter().collect(),
         };
         Self { dir, engine: engine::start(config).unwrap(), export: Arc::new(export) }
+    }
+
+    /// A client that has chosen how replies look.
+    pub(crate) fn connect_as(&self, negotiated: Negotiated) -> Client {
+        hand_over_as(&self.engine.handle, &self.export, negotiated, Vec::new())
     }
 
     pub(crate) fn connect_with(&self, leftover: Vec<u8>) -> Client {

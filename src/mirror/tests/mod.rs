@@ -413,6 +413,17 @@ fn the_benchmark_switch_leaves_intent_bits_out() {
 }
 
 #[test]
+fn with_the_benchmark_switch_a_write_that_fails_everywhere_is_an_error() {
+    let mut world = World::new(2);
+    world.mirror.config.without_intent = true;
+    world.fault = Box::new(|_, request| matches!(request, DeviceOp::Write { .. }).then_some(Errno::EIO));
+    assert_eq!(world.write(0, 4096, 1).unwrap_err(), RequestError::Io);
+    world.fault = Box::new(|_, _| None);
+    world.write(0, 4096, 2).unwrap();
+    assert_eq!(world.read(0, 4096), vec![2; 4096]);
+}
+
+#[test]
 fn promise_2_a_failed_replica_is_recorded_before_the_write_is_answered() {
     let mut world = World::new(2);
     world.write(0, 4096, 1).unwrap();
