@@ -100,9 +100,8 @@ fn requests(criterion: &mut Criterion<ThreadTime>) {
 
 /// Writes that fall each into another of 2^21 regions: what stands in memory for a region is not in the cache.
 fn scattered(criterion: &mut Criterion<ThreadTime>) {
-    let next: Next = |driver, random, _| {
-        write(driver, ByteRange::new(random.below(SCATTERED_BYTES / 4096) * 4096, 4096))
-    };
+    let next: Next =
+        |driver, random, _| write(driver, ByteRange::new(random.below(SCATTERED_BYTES / 4096) * 4096, 4096));
     let driver = warm(SCATTERED_BYTES, Health::Healthy);
     bench_over(criterion, driver, "write, scattered over 2^21 regions", 32, next);
 }

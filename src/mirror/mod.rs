@@ -37,6 +37,7 @@ mod ops;
 mod overlap;
 mod read;
 mod read_policy;
+mod read_streams;
 mod replica;
 mod report;
 mod resync;
