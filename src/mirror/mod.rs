@@ -26,6 +26,7 @@ mod add;
 mod admin;
 mod block_status;
 mod cache;
+mod chunks;
 pub mod event;
 mod flush;
 mod intent;
