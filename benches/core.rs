@@ -10,12 +10,14 @@ mod support;
 
 use core_driver::{CoreDriver, Health, Random};
 use criterion::{Criterion, criterion_group, criterion_main};
+use nbdmirror::format::layout::Layout;
 use nbdmirror::mirror::event::Request;
 use nbdmirror::units::{ByteRange, SECOND_NS};
 use support::ThreadTime;
 
 const VOLUME_BYTES: u64 = 10 << 30;
 const REGION_BYTES: u64 = 1 << 20;
+const SCATTERED_BYTES: u64 = 64 << 40;
 
 fn random_block(random: &mut Random) -> ByteRange {
     ByteRange::new(random.below(VOLUME_BYTES / 4096) * 4096, 4096)
@@ -25,12 +27,13 @@ fn write(driver: &CoreDriver, range: ByteRange) -> Request {
     Request::Write { offset: range.offset, data: driver.payload(range), fua: false }
 }
 
-/// A driver whose regions are dirty all, so that no write waits for a bit.
-fn warm(health: Health) -> CoreDriver {
-    let mut driver = CoreDriver::new(VOLUME_BYTES, 512, health);
-    for region in 0..VOLUME_BYTES / REGION_BYTES {
-        let request = write(&driver, ByteRange::new(region * REGION_BYTES, 4096));
-        driver.submit(32, request);
+/// A driver whose regions are dirty all, so that no write waits for a bit, and stay so.
+fn warm(volume_bytes: u64, health: Health) -> CoreDriver {
+    let region_bytes = Layout::default_region_bytes(volume_bytes);
+    let mut driver = CoreDriver::with_intent_idle(volume_bytes, 512, health, 1_000_000 * SECOND_NS);
+    for region in 0..volume_bytes / region_bytes {
+        let request = write(&driver, ByteRange::new(region * region_bytes, 4096));
+        driver.submit(4096, request);
     }
     driver.drain();
     driver
@@ -40,7 +43,16 @@ type Next = fn(&CoreDriver, &mut Random, u64) -> Request;
 
 /// Times `next` at `depth`, and puts the steps that a request takes into the name.
 fn bench(criterion: &mut Criterion<ThreadTime>, name: &str, health: Health, depth: usize, next: Next) {
-    let mut driver = warm(health);
+    bench_over(criterion, warm(VOLUME_BYTES, health), &format!("{name}, {health:?}"), depth, next);
+}
+
+fn bench_over(
+    criterion: &mut Criterion<ThreadTime>,
+    mut driver: CoreDriver,
+    name: &str,
+    depth: usize,
+    next: Next,
+) {
     let mut random = Random(1);
     let mut number = 0;
     let mut submit = |driver: &mut CoreDriver| {
@@ -57,7 +69,7 @@ fn bench(criterion: &mut Criterion<ThreadTime>, name: &str, health: Health, dept
         submit(&mut driver);
     }
     let steps = (driver.steps - before) as f64 / count as f64;
-    let label = format!("{name}, {health:?}, {depth} in flight, {steps:.2} steps");
+    let label = format!("{name}, {depth} in flight, {steps:.2} steps");
     criterion.bench_function(&label, |bencher| bencher.iter(|| submit(&mut driver)));
     driver.drain();
 }
@@ -86,6 +98,14 @@ fn requests(criterion: &mut Criterion<ThreadTime>) {
     });
 }
 
+/// Writes that fall each into another of 2^21 regions: what stands in memory for a region is not in the cache.
+fn scattered(criterion: &mut Criterion<ThreadTime>) {
+    let next: Next =
+        |driver, random, _| write(driver, ByteRange::new(random.below(SCATTERED_BYTES / 4096) * 4096, 4096));
+    let driver = warm(SCATTERED_BYTES, Health::Healthy);
+    bench_over(criterion, driver, "write, scattered over 2^21 regions", 32, next);
+}
+
 /// Sixty-four writes to clean regions of one bitmap page, and the clearing of their bits later.
 fn intent(criterion: &mut Criterion<ThreadTime>) {
     let mut driver = CoreDriver::new(VOLUME_BYTES, 512, Health::Healthy);
@@ -101,5 +121,5 @@ fn intent(criterion: &mut Criterion<ThreadTime>) {
     });
 }
 
-criterion_group!(name = benches; config = support::criterion(); targets = requests, intent);
+criterion_group!(name = benches; config = support::criterion(); targets = requests, scattered, intent);
 criterion_main!(benches);

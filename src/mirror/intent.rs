@@ -166,8 +166,11 @@ impl Mirror {
     pub(super) fn ensure_intent(&mut self, task: Key, range: ByteRange) -> bool {
         let mut wait_for = None;
         for region in self.regions.touched(range) {
+            // A ready region costs a look at its word and no more.
+            if self.region_words.touch(region) {
+                continue;
+            }
             let index = region.index();
-            self.recent.set(index, true);
             if !self.maps.intent[index] {
                 self.maps.intent.set(index, true);
                 for slot in self.inactive_members().iter() {
@@ -180,7 +183,9 @@ impl Mirror {
                 }
                 self.touch_page(page_of(region), true);
             }
-            if !self.intent_durable[index] && wait_for.is_none() {
+            if self.intent_durable[index] {
+                self.region_words.set_ready(region, true);
+            } else if wait_for.is_none() {
                 wait_for = Some(page_of(region));
             }
         }
@@ -407,9 +412,7 @@ impl Mirror {
         for (slot, errno) in commit.failed {
             self.fail_on_error(slot, errno, "a bitmap page could not be written");
         }
-        let words = words_of(index, self.intent_durable.as_raw_slice().len());
-        let len = words.len();
-        self.intent_durable.as_raw_mut_slice()[words].copy_from_slice(&commit.intent[..len]);
+        self.intent_is_durable(index, &commit.intent);
         if commit.settle {
             self.pages.settling -= 1;
             // Marked again meanwhile: it was counted twice, once for each commit.
@@ -427,6 +430,24 @@ impl Mirror {
         } else {
             // They came while the commit was in flight that had their bits already.
             self.work.extend(self.pages.pages[index].waiters.drain(..).map(Work::IntentDurable));
+        }
+    }
+
+    /// The intent bits of a page are on every target as `committed`.
+    fn intent_is_durable(&mut self, index: usize, committed: &[u64; WORDS_PER_PAGE]) {
+        let words = words_of(index, self.intent_durable.as_raw_slice().len());
+        for (at, new) in words.zip(committed) {
+            let old = std::mem::replace(&mut self.intent_durable.as_raw_mut_slice()[at], *new);
+            let mut changed = old ^ new;
+            while changed != 0 {
+                let region = at * 64 + changed.trailing_zeros() as usize;
+                changed &= changed - 1;
+                // The last word has bits that are no region's.
+                if region < self.maps.intent.len() {
+                    let ready = self.maps.intent[region] && self.intent_durable[region];
+                    self.region_words.set_ready(RegionIndex(region as u64), ready);
+                }
+            }
         }
     }
 
@@ -463,7 +484,9 @@ impl Mirror {
             return;
         }
         let candidates = self.clearable(false);
-        self.recent.fill(false);
+        for region in self.maps.intent.iter_ones() {
+            self.region_words.forget_recent(RegionIndex(region as u64));
+        }
         if candidates.is_empty() {
             let again = self.maps.intent.any().then(|| self.now.plus(self.config.intent_idle_ns / 2));
             self.sweep = Sweep::Idle(again);
@@ -485,8 +508,8 @@ impl Mirror {
 
     fn is_clearable(&self, region: RegionIndex, even_recent: bool) -> bool {
         let index = region.index();
-        (even_recent || !self.recent[index])
-            && (self.region_writes[index] == 0 || planted(Bug::ClearWithWriteInFlight))
+        (even_recent || !self.region_words.is_recent(region))
+            && (!self.region_words.is_written(region) || planted(Bug::ClearWithWriteInFlight))
             && !self.unsynced[index]
             && self.maps.stale.iter().all(|map| !map[index])
     }
@@ -507,6 +530,7 @@ impl Mirror {
         for region in candidates {
             if self.maps.intent[region.index()] && self.is_clearable(*region, even_recent) {
                 self.maps.intent.set(region.index(), false);
+                self.region_words.set_ready(*region, false);
                 self.touch_page(page_of(*region), false);
             }
         }

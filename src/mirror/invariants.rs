@@ -27,9 +27,15 @@ impl Mirror {
         if !self.config.read_only {
             self.check_stale_cover();
         }
-        for (index, writes) in self.region_writes.iter().enumerate() {
+        for index in 0..self.maps.intent.len() {
+            let region = RegionIndex(index as u64);
+            let ready = self.maps.intent[index] && self.intent_durable[index];
+            assert_eq!(self.region_words.is_ready(region), ready, "{region:?}: the word and the maps differ");
             assert!(
-                *writes == 0 || self.maps.intent[index] || self.broken || self.config.without_intent,
+                !self.region_words.is_written(region)
+                    || self.maps.intent[index]
+                    || self.broken
+                    || self.config.without_intent,
                 "a region being written is dirty"
             );
         }

@@ -26,6 +26,7 @@ mod add;
 mod admin;
 mod block_status;
 mod cache;
+mod chunks;
 pub mod event;
 mod flush;
 mod intent;
@@ -38,6 +39,8 @@ mod overlap;
 mod pace;
 mod read;
 mod read_policy;
+mod read_streams;
+mod region_words;
 mod replica;
 mod report;
 mod resync;
@@ -65,6 +68,7 @@ use ops::{Op, OpOwner};
 use overlap::{LockId, OverlapTable};
 use read::ReadTask;
 use read_policy::ReadPolicy;
+use region_words::RegionWords;
 use replica::Replica;
 use resync::{Job, JobEnd, ResyncState};
 use slab::{Key, Slab};
@@ -150,14 +154,12 @@ pub struct Mirror {
     maps: RegionMaps,
     /// Intent bits that are on every metadata target for certain.
     intent_durable: Bitmap,
-    /// Regions written since the last sweep.
-    recent: Bitmap,
     /// Regions whose copies on the in-sync replicas may differ.
     unsynced: Bitmap,
     unsynced_count: u64,
     stale_count: [u64; REPLICAS_MAX],
-    /// Writes in flight in each region.
-    region_writes: Vec<u32>,
+    /// For each region: whether a write may go on, whether there was one since the last sweep, those in flight.
+    region_words: RegionWords,
 
     ops: Slab<Op>,
     tasks: Slab<Task>,

@@ -19,6 +19,7 @@ use super::membership::Meta;
 use super::ops::OpOwner;
 use super::overlap::OverlapTable;
 use super::read_policy::ReadPolicy;
+use super::region_words::RegionWords;
 use super::replica::{NO_TRAITS, Replica, inactive_state};
 use super::resync::ResyncState;
 use super::slab::Slab;
@@ -78,10 +79,9 @@ impl Mirror {
             stale_count: assembly.maps.stale.each_ref().map(|map| map.count_ones() as u64),
             maps: RegionMaps { intent: assembly.maps.intent, stale: assembly.maps.stale },
             intent_durable: Bitmap::repeat(false, count),
-            recent: Bitmap::repeat(false, count),
             unsynced_count: unsynced.count_ones() as u64,
             unsynced,
-            region_writes: vec![0; count],
+            region_words: RegionWords::new(count),
             ops: Slab::new(),
             tasks: Slab::new(),
             locks: OverlapTable::new(),

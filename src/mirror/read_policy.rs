@@ -10,10 +10,10 @@
 //!
 //! What must hold: only candidates are chosen; the same history gives the same choice.
 
+use super::read_streams::Streams;
 use crate::units::{ByteRange, REPLICAS_MAX, ReplicaSet, ReplicaSlot};
 
 const CLASSES: usize = 3;
-const STREAMS: usize = 16;
 /// Slower than the best by more than this: left out, but for probes.
 const SLOW_RATIO: u64 = 3;
 /// A probe every (ratio times this) reads.
@@ -67,19 +67,12 @@ impl ReplicaStats {
     }
 }
 
-#[derive(Clone, Copy, Debug)]
-struct Stream {
-    next_offset: u64,
-    slot: ReplicaSlot,
-    used_at: u64,
-}
-
 /// The read policy's memory.
 #[derive(Debug)]
 pub(super) struct ReadPolicy {
     stats: [ReplicaStats; REPLICAS_MAX],
     write_mostly: ReplicaSet,
-    streams: [Option<Stream>; STREAMS],
+    streams: Streams,
     clock: u64,
 }
 
@@ -91,7 +84,7 @@ fn smooth(old: u64, sample: u64, shift: u32) -> u64 {
 impl ReadPolicy {
     pub(super) fn new(write_mostly: ReplicaSet) -> Self {
         let stats = [ReplicaStats::default(); REPLICAS_MAX];
-        Self { stats, write_mostly, streams: [None; STREAMS], clock: 0 }
+        Self { stats, write_mostly, streams: Streams::new(), clock: 0 }
     }
 
     pub(super) fn stats(&self, slot: ReplicaSlot) -> &ReplicaStats {
@@ -120,12 +113,13 @@ impl ReadPolicy {
         let candidates = if preferred.is_empty() { candidates } else { preferred };
         let class = class_of(range.len);
         // A read that continues a stream is no probe: it would take the stream with it.
-        let stream = self.streams.iter().flatten().find(|stream| stream.next_offset == range.offset).copied();
+        let place = self.streams.find(range.offset);
+        let stream = place.map(|place| self.streams.slot(place));
         let probe = if stream.is_none() { self.probe(candidates, class) } else { None };
         let slot = probe.unwrap_or_else(|| self.best(candidates, class, stream));
         self.stats[slot.index()].chosen_at = self.clock;
         self.stats[slot.index()].reads_since_probe = 0;
-        self.remember_stream(range, slot);
+        self.streams.remember(place, range.end(), slot, self.clock);
         slot
     }
 
@@ -133,7 +127,7 @@ impl ReadPolicy {
     pub(super) fn prefer(&self, candidates: ReplicaSet, range: ByteRange) -> ReplicaSlot {
         let preferred = candidates.difference(self.write_mostly);
         let candidates = if preferred.is_empty() { candidates } else { preferred };
-        let stream = self.streams.iter().flatten().find(|stream| stream.next_offset == range.offset).copied();
+        let stream = self.streams.find(range.offset).map(|place| self.streams.slot(place));
         self.best(candidates, class_of(range.len), stream)
     }
 
@@ -141,7 +135,7 @@ impl ReadPolicy {
     pub(super) fn choose_for_prefetch(&mut self, candidates: ReplicaSet, range: ByteRange) -> ReplicaSlot {
         let slot = self.prefer(candidates, range);
         self.clock += 1;
-        self.remember_stream(ByteRange::new(range.offset, 0), slot);
+        self.streams.remember(self.streams.find(range.offset), range.offset, slot, self.clock);
         slot
     }
 
@@ -165,55 +159,50 @@ impl ReadPolicy {
         None
     }
 
-    fn best(&self, candidates: ReplicaSet, class: usize, stream: Option<Stream>) -> ReplicaSlot {
-        let least = self.least_latency(candidates, class);
-        // One that was never measured counts as the best, so that it gets measured; but one read at a time.
-        let fast: ReplicaSet = candidates
-            .iter()
-            .filter(|slot| {
-                let stats = &self.stats[slot.index()];
-                let ns = stats.latency_ns[class];
-                if least == 0 {
-                    ns == 0 && stats.reads_in_flight == 0
-                } else {
-                    ns <= least.saturating_mul(SLOW_RATIO)
-                }
-            })
-            .collect();
-        let fast = if fast.is_empty() {
-            let measured: ReplicaSet =
-                candidates.iter().filter(|slot| self.stats[slot.index()].latency_ns[class] > 0).collect();
-            if measured.is_empty() { candidates } else { measured }
-        } else {
-            fast
-        };
-        let load_least = fast.iter().map(|slot| self.stats[slot.index()].load()).min().unwrap_or(0);
-        if let Some(stream) = stream
-            && fast.contains(stream.slot)
-            && self.stats[stream.slot.index()].load() <= load_least + STREAM_LOAD_MARGIN
-        {
-            return stream.slot;
-        }
-        let cost = |slot: ReplicaSlot| {
+    /// The candidates that are fast enough, those that were never measured first.
+    fn fast(&self, candidates: ReplicaSet, class: usize, least: u64) -> ReplicaSet {
+        let (mut fast, mut measured) = (ReplicaSet::EMPTY, ReplicaSet::EMPTY);
+        let slow_ns = least.saturating_mul(SLOW_RATIO);
+        for slot in candidates.iter() {
             let stats = &self.stats[slot.index()];
-            // Latencies within a quarter of each other are taken as equal: the load decides.
-            let ns = stats.latency_ns[class].max(1);
-            let ns = if ns <= least.saturating_add(least / 4) { least.max(1) } else { ns };
-            (ns.saturating_mul(stats.load() + 1), stats.chosen_at)
-        };
-        let chosen = fast.iter().min_by_key(|slot| cost(*slot));
-        let Some(chosen) = chosen else { unreachable!("a read has a candidate") };
-        chosen
+            let ns = stats.latency_ns[class];
+            if ns > 0 {
+                measured.insert(slot);
+            }
+            // One that was never measured counts as the best, so that it gets measured; but one read at a time.
+            if if least == 0 { ns == 0 && stats.reads_in_flight == 0 } else { ns <= slow_ns } {
+                fast.insert(slot);
+            }
+        }
+        [fast, measured].into_iter().find(|set| !set.is_empty()).unwrap_or(candidates)
     }
 
-    fn remember_stream(&mut self, range: ByteRange, slot: ReplicaSlot) {
-        let clock = self.clock;
-        let known = self.streams.iter().position(|s| s.is_some_and(|s| s.next_offset == range.offset));
-        let place = known.unwrap_or_else(|| {
-            let ages = self.streams.iter().map(|s| s.map_or(0, |s| s.used_at));
-            ages.enumerate().min_by_key(|(_, used_at)| *used_at).map_or(0, |(index, _)| index)
-        });
-        self.streams[place] = Some(Stream { next_offset: range.end(), slot, used_at: clock });
+    // A plain loop: `min_by_key` over tuples copies them in pieces that the processor then waits for.
+    fn best(&self, candidates: ReplicaSet, class: usize, stream: Option<ReplicaSlot>) -> ReplicaSlot {
+        let least = self.least_latency(candidates, class);
+        let fast = self.fast(candidates, class, least);
+        let load = |slot: ReplicaSlot| self.stats[slot.index()].load();
+        if let Some(slot) = stream.filter(|slot| fast.contains(*slot)) {
+            let load_least = fast.iter().map(load).min().unwrap_or(0);
+            if load(slot) <= load_least + STREAM_LOAD_MARGIN {
+                return slot;
+            }
+        }
+        // Latencies within a quarter of each other are taken as equal: the load decides.
+        let equal_ns = least.saturating_add(least / 4);
+        let (mut chosen, mut chosen_cost, mut chosen_at) = (None, u64::MAX, u64::MAX);
+        for slot in fast.iter() {
+            let stats = &self.stats[slot.index()];
+            let ns = stats.latency_ns[class].max(1);
+            let ns = if ns <= equal_ns { least.max(1) } else { ns };
+            let cost = ns.saturating_mul(stats.load() + 1);
+            if chosen.is_none() || cost < chosen_cost || (cost == chosen_cost && stats.chosen_at < chosen_at)
+            {
+                (chosen, chosen_cost, chosen_at) = (Some(slot), cost, stats.chosen_at);
+            }
+        }
+        let Some(chosen) = chosen else { unreachable!("a read has a candidate") };
+        chosen
     }
 
     pub(super) fn read_sent(&mut self, slot: ReplicaSlot, bytes: u64) {
@@ -271,6 +260,7 @@ impl ReadPolicy {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
     use std::collections::BTreeSet;
 
     fn slots(indexes: &[usize]) -> ReplicaSet {
@@ -397,6 +387,72 @@ mod tests {
         policy.read_done(ReplicaSlot::new(0), 4096, 1000, true);
         for index in 0..50 {
             assert_eq!(policy.choose(slots(&[0, 1]), ByteRange::new(index << 20, 4096)).index(), 1);
+        }
+    }
+
+    /// The choice as it is defined: the set of the fast, then the least (cost, chosen at), the first of equal ones.
+    fn best_as_defined(
+        policy: &ReadPolicy,
+        candidates: ReplicaSet,
+        class: usize,
+        stream: Option<ReplicaSlot>,
+    ) -> Option<ReplicaSlot> {
+        let stats = |slot: ReplicaSlot| &policy.stats[slot.index()];
+        let latency_ns = |slot: ReplicaSlot| stats(slot).latency_ns[class];
+        let least = candidates.iter().map(latency_ns).min()?;
+        let fast: ReplicaSet = candidates
+            .iter()
+            .filter(|slot| match least {
+                0 => latency_ns(*slot) == 0 && stats(*slot).reads_in_flight == 0,
+                _ => latency_ns(*slot) <= least.saturating_mul(SLOW_RATIO),
+            })
+            .collect();
+        let measured: ReplicaSet = candidates.iter().filter(|slot| latency_ns(*slot) > 0).collect();
+        let fast = match (fast.is_empty(), measured.is_empty()) {
+            (false, _) => fast,
+            (true, false) => measured,
+            (true, true) => candidates,
+        };
+        let load_least = fast.iter().map(|slot| stats(slot).load()).min()?;
+        let stays = |slot: &ReplicaSlot| {
+            fast.contains(*slot) && stats(*slot).load() <= load_least + STREAM_LOAD_MARGIN
+        };
+        let cost = |slot: &ReplicaSlot| {
+            let ns = latency_ns(*slot).max(1);
+            let ns = if ns <= least.saturating_add(least / 4) { least.max(1) } else { ns };
+            (ns.saturating_mul(stats(*slot).load() + 1), stats(*slot).chosen_at)
+        };
+        stream.filter(stays).or_else(|| fast.iter().min_by_key(cost))
+    }
+
+    fn any_stats() -> impl Strategy<Value = ReplicaStats> {
+        let latency_ns = prop_oneof![Just(0), 1u64..8, 90u64..400, any::<u64>()];
+        let load = prop_oneof![Just(0u64), 0u64..200];
+        (latency_ns, load.clone(), load, 0u64..2, 0u64..4).prop_map(
+            |(ns, load_reads, load_writes, reads_in_flight, chosen_at)| ReplicaStats {
+                latency_ns: [ns; CLASSES],
+                load_reads,
+                load_writes,
+                reads_in_flight,
+                chosen_at,
+                ..Default::default()
+            },
+        )
+    }
+
+    proptest! {
+        #[test]
+        fn the_choice_is_the_one_that_is_defined(
+            stats in prop::collection::vec(any_stats(), REPLICAS_MAX),
+            candidates in prop::collection::btree_set(0..REPLICAS_MAX, 1..=REPLICAS_MAX),
+            stream in prop::option::of(0..REPLICAS_MAX),
+        ) {
+            let mut policy = ReadPolicy::new(ReplicaSet::EMPTY);
+            policy.stats.copy_from_slice(&stats);
+            let candidates: ReplicaSet = candidates.into_iter().map(ReplicaSlot::new).collect();
+            let stream = stream.map(ReplicaSlot::new);
+            let chosen = policy.best(candidates, 0, stream);
+            prop_assert_eq!(Some(chosen), best_as_defined(&policy, candidates, 0, stream));
         }
     }
 }

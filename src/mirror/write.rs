@@ -66,7 +66,7 @@ pub(super) struct WriteTask {
     edges: SmallVec<[Edge; 2]>,
     edges_to_read: usize,
     edge_error: bool,
-    /// Counted in `region_writes`.
+    /// Counted in `region_words`.
     counted: bool,
     operations: usize,
     targets: ReplicaSet,
@@ -269,7 +269,7 @@ impl Mirror {
         task.counted = true;
         if !counted {
             for region in self.regions.touched(span) {
-                self.region_writes[region.index()] += 1;
+                self.region_words.begin_write(region);
             }
         }
         if self.broken {
@@ -439,8 +439,7 @@ impl Mirror {
         let Some(Task::Write(task)) = self.tasks.remove(key) else { unreachable!("a write finishes once") };
         if task.counted {
             for region in self.regions.touched(task.span) {
-                self.region_writes[region.index()] -= 1;
-                self.recent.set(region.index(), true);
+                self.region_words.end_write(region);
             }
         }
         if task.result.is_ok() {

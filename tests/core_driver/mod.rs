@@ -57,6 +57,11 @@ pub struct CoreDriver {
 impl CoreDriver {
     /// An open volume of `volume_bytes` on devices with logical blocks of `io_align` bytes.
     pub fn new(volume_bytes: u64, io_align: u32, health: Health) -> Self {
+        Self::with_intent_idle(volume_bytes, io_align, health, 5 * SECOND_NS)
+    }
+
+    /// The same, with intent bits that are cleared after `intent_idle_ns` of virtual time.
+    pub fn with_intent_idle(volume_bytes: u64, io_align: u32, health: Health, intent_idle_ns: u64) -> Self {
         let regions = Regions { volume_bytes, region_bytes: Layout::default_region_bytes(volume_bytes) };
         let device_bytes = Layout::device_bytes_min(regions);
         let replicas = ["a", "b"].iter().zip(100..).map(|(path, uuid)| NewReplica {
@@ -87,7 +92,7 @@ impl CoreDriver {
             traits: [None; REPLICAS_MAX],
             entropy: 7,
             wall_clock_origin_ns: 0,
-            intent_idle_ns: 5 * SECOND_NS,
+            intent_idle_ns,
             resync_jobs_max: 4,
             without_intent: false,
         };
