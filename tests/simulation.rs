@@ -92,6 +92,7 @@ const REGRESSIONS: &[(u64, &str)] = &[
         70_052_068,
         "a copy with the count of a superblock that rotted on every replica, used again, counts as in sync",
     ),
+    (91_004_134, "who lost its newest superblock and its stale bits accuses nobody"),
     (41_040_502, "a torn superblock is made whole by a torn later one with the same member table"),
     (
         41_025_547,

@@ -84,6 +84,12 @@ impl Found {
         }
         sound.any()
     }
+
+    /// Whether it may have said in what is lost that `other` missed a write: a newer superblock than the head's may be
+    /// lost on this one, in which `other` had no part, and what its stale map said is (in part) lost, too.
+    fn may_have_accused(&self, other: &Self) -> bool {
+        self.newer_may_be_lost && !other.newer_may_be_lost && !self.damaged_regions.is_empty()
+    }
 }
 
 /// What the operator allows.
@@ -258,7 +264,11 @@ impl Roles {
         let mut by_another = false;
         for accuser in self.trusted.iter() {
             let Some(witness) = self.found(found, accuser) else { continue };
-            for slot in self.trusted.iter().filter(|slot| witness.accuses(*slot)) {
+            let may_have = |slot| {
+                level(head, &witness.superblock)
+                    && self.found(found, slot).is_some_and(|other| witness.may_have_accused(other))
+            };
+            for slot in self.trusted.iter().filter(|slot| witness.accuses(*slot) || may_have(*slot)) {
                 accused.insert(slot);
                 by_another |= slot != accuser;
             }

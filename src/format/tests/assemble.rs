@@ -229,6 +229,24 @@ fn behind_a_head_that_may_have_lost_its_newest_superblock_is_copied_in_full() {
 }
 
 #[test]
+fn stale_bits_that_rotted_beside_the_newest_superblock_may_have_been_set() {
+    // Commit 11 recorded that slot 0 had missed writes. Slot 1 lost it, and the sector with the stale bits.
+    let mut lost = in_doubt(found(1, &[1], 10, "I10 I10"));
+    lost.damaged_regions.push(448..896);
+    for map in lost.maps.stale.iter_mut().chain([&mut lost.maps.intent]) {
+        map[448..896].fill(true);
+    }
+    let stale = found(0, &[1], 10, "I10 I10");
+    let assembly = assert_roles(&[stale.clone(), lost.clone()], STRICT, "1|0|");
+    assert_eq!(stale_count(&assembly, 0), 448);
+    // Who lost its newest superblock as well took part in that.
+    assert_roles(&[in_doubt(stale.clone()), lost.clone()], STRICT, "01||");
+    // Either alone is no reason: the stale bits are there, or the superblock is.
+    assert_roles(&[stale.clone(), in_doubt(found(1, &[1], 10, "I10 I10"))], STRICT, "01||");
+    assert_roles(&[stale, Found { newer_may_be_lost: false, damaged_slot: None, ..lost }], STRICT, "01||");
+}
+
+#[test]
 fn what_is_missing_while_the_head_is_in_doubt_comes_back_in_full() {
     // As above, but the others are not there: whoever comes back later may be an old copy, or have been taken in again.
     let head = in_doubt(found(0, &[1], 11, "I11 I11 S9"));
