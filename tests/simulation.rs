@@ -92,7 +92,19 @@ const REGRESSIONS: &[(u64, &str)] = &[
         70_052_068,
         "a copy with the count of a superblock that rotted on every replica, used again, counts as in sync",
     ),
-    (91_004_134, "who lost its newest superblock and its stale bits accuses nobody"),
+    (
+        91_004_134,
+        "who lost its newest superblock and its stale bits accuses nobody, and is not what is synced from",
+    ),
+    (
+        110_055_980,
+        "what was copied to a resyncing replica from one that then left the last one alone is kept",
+    ),
+    (
+        110_048_463,
+        "no bug: a sync's copy that the last replica could not flush, read, and turned back by a power cut",
+    ),
+    (110_012_298, "no bug that was released: a disk that rots demotes all the others"),
     (41_040_502, "a torn superblock is made whole by a torn later one with the same member table"),
     (
         41_025_547,

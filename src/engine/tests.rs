@@ -50,6 +50,7 @@ fn data_plane(dir: &Path) -> DataPlane {
         wall_clock_origin_ns: 5,
         intent_idle_ns: 5_000_000_000,
         resync_jobs_max: 4,
+        resync_burst_ns: 16_000_000,
         without_intent: false,
     };
     let mut devices: [Option<ReplicaDevice>; REPLICAS_MAX] = Default::default();

@@ -85,10 +85,10 @@ impl Found {
         sound.any()
     }
 
-    /// Whether it may have said in what is lost that `other` missed a write: a newer superblock than the head's may be
-    /// lost on this one, in which `other` had no part, and what its stale map said is (in part) lost, too.
-    fn may_have_accused(&self, other: &Self) -> bool {
-        self.newer_may_be_lost && !other.newer_may_be_lost && !self.damaged_regions.is_empty()
+    /// Whether it may have said in what is lost that another one missed a write: a newer superblock than the head may be lost
+    /// on it, and so may be some of what its stale maps said. It took part in that commit itself.
+    fn may_have_accused(&self, head: &Superblock) -> bool {
+        self.newer_may_be_lost && !self.damaged_regions.is_empty() && level(head, &self.superblock)
     }
 }
 
@@ -264,11 +264,7 @@ impl Roles {
         let mut by_another = false;
         for accuser in self.trusted.iter() {
             let Some(witness) = self.found(found, accuser) else { continue };
-            let may_have = |slot| {
-                level(head, &witness.superblock)
-                    && self.found(found, slot).is_some_and(|other| witness.may_have_accused(other))
-            };
-            for slot in self.trusted.iter().filter(|slot| witness.accuses(*slot) || may_have(*slot)) {
+            for slot in self.trusted.iter().filter(|slot| witness.accuses(*slot)) {
                 accused.insert(slot);
                 by_another |= slot != accuser;
             }
@@ -343,9 +339,9 @@ impl Roles {
         self.full = self.resync.union(self.missing);
     }
 
-    fn into_assembly(mut self, found: &[Found], head: &Superblock, forced: bool) -> Assembly {
-        let in_doubt = in_doubt(found, head);
-        let mut head = head.clone();
+    fn into_assembly(mut self, found: &[Found], found_head: &Superblock, forced: bool) -> Assembly {
+        let in_doubt = in_doubt(found, found_head);
+        let mut head = found_head.clone();
         let regions = head.regions.count() as usize;
         let maps = self.united_maps(found, regions);
         if forced {
@@ -365,11 +361,19 @@ impl Roles {
             })
         };
         head.clean &= !self.in_sync.iter().any(denies);
+        // The regions of damaged sectors count as dirty. Who may have said there that another one missed a write has what
+        // is right; where nobody missed one, its copy is as good as any.
+        let witness = self
+            .in_sync
+            .iter()
+            .find(|slot| self.found(found, *slot).is_some_and(|found| found.may_have_accused(found_head)));
         // After an orderly stop the in-sync replicas hold the same bytes, whatever bits had to stay set (a replica
         // that is away keeps them).
-        let may_differ = self.in_sync.len() >= 2 && !head.clean && !planted(Bug::EqualCountersEqualData);
+        let may_differ = self.in_sync.len() >= 2
+            && (!head.clean || witness.is_some())
+            && !planted(Bug::EqualCountersEqualData);
         let unsynced = if may_differ { maps.intent.clone() } else { Bitmap::repeat(false, regions) };
-        let Some(source) = self.in_sync.first() else {
+        let Some(source) = witness.or(self.in_sync.first()) else {
             unreachable!("assemble refuses or forces where none is in sync")
         };
         let lags = |slot: &ReplicaSlot| {

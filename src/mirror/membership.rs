@@ -235,13 +235,15 @@ impl Mirror {
         }
     }
 
-    /// Copies of `region` do not differ (any more).
-    pub(super) fn forget_unsynced(&mut self, region: RegionIndex) {
-        if self.unsynced[region.index()] {
-            self.unsynced.set(region.index(), false);
-            self.unsynced_count -= 1;
-            self.wake_waiters(region, JobEnd::Done);
+    /// Only one replica is in sync: its copy of `region` is the one that counts. A resyncing one may have another one's, from a
+    /// copy that was made before that one left.
+    fn forget_unsynced(&mut self, region: RegionIndex) {
+        for slot in self.resyncing.iter() {
+            self.set_stale(slot, region);
         }
+        self.unsynced.set(region.index(), false);
+        self.unsynced_count -= 1;
+        self.wake_waiters(region, JobEnd::Done);
     }
 
     /// Issues a superblock commit where one is due.

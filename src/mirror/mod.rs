@@ -16,7 +16,7 @@
 //! function needs to call back into another one's middle.
 //!
 //! ```text
-//!  opening ──two superblock commits, pages in use──► open ──stop──► draining ─► flush ─► pages ─► superblock ─► stopped
+//!  opening ──superblock commits, pages in use──► open ──stop──► draining ─► flush ─► pages ─► superblock ─► stopped
 //!  (requests wait)                                    │ metadata can be recorded nowhere
 //!                                                     ▼
 //!                                                  broken (writes fail, clean regions are read) ──recorded──► open
@@ -92,6 +92,8 @@ pub struct MirrorConfig {
     pub intent_idle_ns: u64,
     /// Regions copied at the same time by a resync (default 4).
     pub resync_jobs_max: usize,
+    /// While clients are busy no copy begins after this long, until a rest is over, nanoseconds (default 16 ms).
+    pub resync_burst_ns: u64,
     /// Benchmarks only: writes set no intent bits and wait for none. A crash, or a replica that fails, then leaves
     /// replicas that differ and nothing that says where: promises 1, 2 and 5 do not hold.
     pub without_intent: bool,

@@ -89,7 +89,7 @@ impl Mirror {
             sweep: Sweep::Idle(None),
             meta: Meta::new(),
             flushes: Flushes::new(),
-            resync: ResyncState::new(),
+            resync: ResyncState::new(config.resync_burst_ns),
             admin: AdminState::new(),
             held: Vec::new(),
             held_flushes: Vec::new(),

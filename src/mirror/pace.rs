@@ -1,7 +1,7 @@
 //! How the copies of a resync take turns with clients that are busy.
 //!
 //! ```text
-//!          a job is to begin, clients are busy        BURST_NS over and all jobs ended
+//!          a job is to begin, clients are busy        burst_ns over and all jobs ended
 //!   Idle ────────────────────────────────────► Burst ─────────────────────────────────► Rest
 //!    ▲                                           │ clients idle                          │ over, or clients idle
 //!    └───────────────────────────────────────────┴───────────────────────────────────────┘
@@ -19,8 +19,6 @@ const MS_NS: u64 = SECOND_NS / 1000;
 /// Clients are busy for this long after a request of theirs came: where disks are fast, it has ended before the next copy
 /// is looked for.
 const CLIENTS_BUSY_NS: u64 = MS_NS;
-/// While clients are busy no job begins after this long, until all have ended and a rest is over.
-const BURST_NS: u64 = 16 * MS_NS;
 /// A rest takes one of so many parts of the time that was worked before it.
 const REST_PART: u64 = 3;
 /// A rest takes no longer: a burst ends when its last job does, which may have waited for a slow disk.
@@ -37,14 +35,16 @@ enum Turn {
 
 /// Whose turn it is.
 pub(super) struct Pace {
+    /// While clients are busy no job begins after this long, until all have ended and a rest is over.
+    burst_ns: u64,
     /// When the last request of a client came.
     client_at: Option<Nanos>,
     turn: Turn,
 }
 
 impl Pace {
-    pub(super) fn new() -> Self {
-        Self { client_at: None, turn: Turn::Idle }
+    pub(super) fn new(burst_ns: u64) -> Self {
+        Self { burst_ns, client_at: None, turn: Turn::Idle }
     }
 
     /// A client's request came.
@@ -78,7 +78,7 @@ impl Pace {
         match self.turn {
             Turn::Idle => self.turn = Turn::Burst(now),
             Turn::Rest(_) => return false,
-            Turn::Burst(since) if now.since(since) >= BURST_NS => {
+            Turn::Burst(since) if now.since(since) >= self.burst_ns => {
                 if active == 0 {
                     self.turn = Turn::Rest(now.plus((now.since(since) / REST_PART).min(REST_NS_MAX)));
                 }
@@ -100,7 +100,7 @@ mod tests {
 
     #[test]
     fn bursts_and_rests_take_turns_while_clients_are_busy() {
-        let mut pace = Pace::new();
+        let mut pace = Pace::new(16 * MS_NS);
         pace.client_came(at(100));
         assert!(pace.may_begin(at(100), 0, false) && pace.may_begin(at(115), 3, true));
         assert!(!pace.may_begin(at(116), 1, true), "the burst is over");
@@ -115,7 +115,7 @@ mod tests {
 
     #[test]
     fn clients_are_busy_for_a_while_after_a_request_that_has_ended() {
-        let mut pace = Pace::new();
+        let mut pace = Pace::new(16 * MS_NS);
         pace.client_came(at(0));
         assert!(pace.may_begin(at(0), 0, false));
         pace.client_came(at(20));
@@ -127,7 +127,7 @@ mod tests {
 
     #[test]
     fn a_burst_that_a_slow_disk_made_long_is_not_followed_by_a_long_rest() {
-        let mut pace = Pace::new();
+        let mut pace = Pace::new(16 * MS_NS);
         assert!(pace.may_begin(at(0), 0, true) && !pace.may_begin(at(9000), 0, true));
         assert_eq!(pace.deadline(), Some(at(9100)));
     }

@@ -105,7 +105,7 @@ pub(super) struct ResyncState {
 }
 
 impl ResyncState {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(burst_ns: u64) -> Self {
         Self {
             wanted: VecDeque::new(),
             waiters: BTreeMap::new(),
@@ -114,7 +114,7 @@ impl ResyncState {
             backoff_due: None,
             exhausted: false,
             alone_flush: AloneFlush::Idle,
-            pace: Pace::new(),
+            pace: Pace::new(burst_ns),
             cursor: 0,
             done_bytes: 0,
             marks: VecDeque::new(),
@@ -259,7 +259,7 @@ impl Mirror {
     }
 
     /// Clients go first: while their requests are in flight there are half the jobs (but always one), and while they are
-    /// busy copies and they take turns. A reader that waits for a region is a client.
+    /// busy copies and they take turns. Who waits for a region is a client: neither holds it up.
     fn job_may_begin(&mut self) -> bool {
         let (active, jobs_max) = (self.resync.active.len(), self.config.resync_jobs_max.max(1));
         if !self.resync.wanted.is_empty() {

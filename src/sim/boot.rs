@@ -321,6 +321,7 @@ impl World {
             wall_clock_origin_ns: ORIGIN_UNIX_NS,
             intent_idle_ns: self.plan.intent_idle_ns,
             resync_jobs_max: self.plan.resync_jobs_max,
+            resync_burst_ns: self.plan.resync_burst_ns,
             without_intent: false,
         };
         self.now = self.now.plus(self.rng.between(1, 100) * MILLISECOND_NS);

@@ -287,8 +287,12 @@ impl World {
         let landing =
             if partly { self.rng.pick(&[Landing::Nothing, Landing::Torn]) } else { Landing::Nothing };
         if let Kind::Flush(mark) = &op.kind {
+            let lone = self.in_sync_disks().iter().all(|disk| *disk == op.disk);
+            // Beyond the fault model the others may leave before this one is told.
+            if lone || !self.plan.within_model {
+                self.oracle.copies_not_vouched_for();
+            }
             if errno == Errno::EIO && self.plan.faults.flush_loses {
-                let lone = self.in_sync_disks().iter().all(|disk| *disk == op.disk);
                 self.disks[op.disk].disk.lose_cache(mark);
                 self.counts.fault(FaultKind::FlushLosesCache);
                 if lone || !self.plan.within_model {

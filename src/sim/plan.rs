@@ -118,6 +118,8 @@ pub struct Plan {
     pub intent_idle_ns: u64,
     /// The core's setting.
     pub resync_jobs_max: usize,
+    /// The core's setting.
+    pub resync_burst_ns: u64,
 }
 
 impl Plan {
@@ -152,6 +154,7 @@ impl Plan {
             write_mostly: rng.pick(&[0, 0, 300, 1000]),
             intent_idle_ns: rng.pick(&[5, 50, 500, 5000]) * MILLISECOND_NS,
             resync_jobs_max: rng.between(1, 6) as usize,
+            resync_burst_ns: rng.pick(&[16 * MILLISECOND_NS, 16 * MILLISECOND_NS, MILLISECOND_NS, 20_000]),
         }
     }
 }

@@ -94,6 +94,7 @@ impl CoreDriver {
             wall_clock_origin_ns: 0,
             intent_idle_ns,
             resync_jobs_max: 4,
+            resync_burst_ns: 16_000_000,
             without_intent: false,
         };
         config.traits[..2].fill(Some(traits));

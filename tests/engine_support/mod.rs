@@ -112,6 +112,7 @@ impl World {
             wall_clock_origin_ns: 2,
             intent_idle_ns: 5_000_000_000,
             resync_jobs_max: 4,
+            resync_burst_ns: 16_000_000,
             without_intent: false,
         };
         let assembly = assemble(&found, AssembleOptions::default()).unwrap();

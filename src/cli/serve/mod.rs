@@ -42,6 +42,7 @@ use sockets::Sockets;
 
 const INTENT_IDLE_NS: u64 = 5 * SECOND_NS;
 const RESYNC_JOBS_MAX: usize = 4;
+const RESYNC_BURST_NS: u64 = 16 * (SECOND_NS / 1000);
 
 /// Must be `yes` where `--bench-no-intent` is given.
 const BENCH_VARIABLE: &str = "NBDMIRROR_BENCH_UNSAFE";
@@ -275,6 +276,7 @@ impl Serve {
             wall_clock_origin_ns: wall_clock_ns(),
             intent_idle_ns: INTENT_IDLE_NS,
             resync_jobs_max: RESYNC_JOBS_MAX,
+            resync_burst_ns: RESYNC_BURST_NS,
             without_intent: self.bench_no_intent,
         };
         let config = EngineConfig {

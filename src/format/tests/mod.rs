@@ -3,6 +3,7 @@
 mod assemble;
 mod codec;
 mod golden;
+mod in_doubt;
 mod read;
 mod readmit;
 

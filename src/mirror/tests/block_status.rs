@@ -287,6 +287,7 @@ fn large_mirror(regions: Regions) -> Mirror {
         wall_clock_origin_ns: 0,
         intent_idle_ns: 5 * SECOND_NS,
         resync_jobs_max: 4,
+        resync_burst_ns: 16_000_000,
         without_intent: false,
     };
     config.traits[0] = Some(DeviceTraits { device_bytes: bytes, ..traits(4096) });

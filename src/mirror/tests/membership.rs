@@ -177,3 +177,29 @@ fn a_resync_makes_room_for_clients_whose_requests_ended_before_it_looked() {
     assert_eq!(world.state(1), ReplicaState::InSync);
     assert!(world.same_data(0, 1) && world.now > asked_at);
 }
+
+#[test]
+fn what_was_copied_from_one_that_left_unsynced_is_copied_again_from_the_last() {
+    let mut world = World::new(3);
+    world.admin(AdminCommand::Fail(ReplicaSlot::new(2))).unwrap();
+    world.write(0, 4096, 1).unwrap();
+    // A copy to replica 2 waits for a write, which fails everywhere and leaves something on replica 0.
+    let request = world.write_request(0, 4096, 2);
+    let id = world.send(request);
+    let command = world.candidate(2, false);
+    world.send_admin(command);
+    world.drain_where(&|_, request| !writes_data(request));
+    world.fault = Box::new(|on, request| (on.index() < 2 && writes_data(request)).then_some(Errno::ENOSPC));
+    while world.replies.iter().all(|(other, _)| *other != id) {
+        assert!(world.step());
+    }
+    assert_eq!(world.reply_to(id).unwrap().unwrap_err(), RequestError::NoSpace);
+    world.images[0][..4096].fill(2);
+    // That is copied to replica 2. Then the sync of the two fails on both, and replica 0 leaves.
+    world.drain();
+    assert_eq!((world.state(0), world.state(1)), (ReplicaState::Faulty, ReplicaState::InSync));
+    world.fault = Box::new(|_, _| None);
+    world.wait(10 * SECOND_NS);
+    assert_eq!(world.state(2), ReplicaState::InSync);
+    assert!(world.same_data(1, 2));
+}

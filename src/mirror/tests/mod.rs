@@ -122,6 +122,7 @@ impl World {
             wall_clock_origin_ns: 0,
             intent_idle_ns: 5 * SECOND_NS,
             resync_jobs_max: 4,
+            resync_burst_ns: 16_000_000,
             without_intent: false,
         };
         let mut image_of = [None; REPLICAS_MAX];

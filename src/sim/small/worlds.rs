@@ -373,6 +373,7 @@ impl SmallWorld {
             faults: FaultRates { flush_loses: true, ..FaultRates::default() },
             intent_idle_ns: 50 * MILLISECOND_NS,
             resync_jobs_max: 2,
+            resync_burst_ns: 16_000_000,
         }
     }
 }

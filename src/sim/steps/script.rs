@@ -47,6 +47,7 @@ fn plan(scenario: &Scenario, seed: u64) -> Plan {
         faults: FaultRates { flush_loses: true, ..FaultRates::default() },
         intent_idle_ns: 50 * MILLISECOND_NS,
         resync_jobs_max: 2,
+        resync_burst_ns: 16_000_000,
     }
 }
 

@@ -387,6 +387,7 @@ fn opens(assembly: Assembly, found: &[Found], read_only: bool) {
         wall_clock_origin_ns: 0,
         intent_idle_ns: 1_000_000_000,
         resync_jobs_max: 1,
+        resync_burst_ns: 16_000_000,
         without_intent: false,
     };
     let mut mirror = Mirror::new(config, assembly, BufferPool::new(1 << 20));

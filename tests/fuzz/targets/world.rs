@@ -196,6 +196,7 @@ impl World {
             wall_clock_origin_ns: 0,
             intent_idle_ns: INTENT_IDLE_NS,
             resync_jobs_max: 2,
+            resync_burst_ns: 16_000_000,
             without_intent: false,
         };
         let pool = BufferPool::new(1 << 20);
