@@ -104,6 +104,7 @@ const REGRESSIONS: &[(u64, &str)] = &[
         110_048_463,
         "no bug: a sync's copy that the last replica could not flush, read, and turned back by a power cut",
     ),
+    (120_023_586, "no bug: one side of a split, alone, is told of a flush that failed before"),
     (110_012_298, "no bug that was released: a disk that rots demotes all the others"),
     (41_040_502, "a torn superblock is made whole by a torn later one with the same member table"),
     (

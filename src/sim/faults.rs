@@ -527,7 +527,9 @@ impl World {
 
     /// Promise 8: each side is run without the other; together they must be refused.
     fn split_brain(&mut self) -> Checked {
-        if self.disks.len() < 2 || !self.all_recorded_in_sync() {
+        // A side alone is to be well: it is not where it hears of a flush that failed before.
+        let hears_late = self.disks.iter().any(|disk| disk.unseen_error);
+        if self.disks.len() < 2 || !self.all_recorded_in_sync() || hears_late {
             let all: Vec<usize> = (0..self.disks.len()).collect();
             return self.start(&all);
         }
