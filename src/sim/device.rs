@@ -287,12 +287,8 @@ impl World {
         let landing =
             if partly { self.rng.pick(&[Landing::Nothing, Landing::Torn]) } else { Landing::Nothing };
         if let Kind::Flush(mark) = &op.kind {
-            let lone = self.in_sync_disks().iter().all(|disk| *disk == op.disk);
-            // Beyond the fault model the others may leave before this one is told.
-            if lone || !self.plan.within_model {
-                self.oracle.copies_not_vouched_for();
-            }
             if errno == Errno::EIO && self.plan.faults.flush_loses {
+                let lone = self.in_sync_disks().iter().all(|disk| *disk == op.disk);
                 self.disks[op.disk].disk.lose_cache(mark);
                 self.counts.fault(FaultKind::FlushLosesCache);
                 if lone || !self.plan.within_model {
@@ -355,6 +351,11 @@ impl World {
             self.disks[op.disk].disk.complete_write(*seq);
         }
         self.turn_back(&op);
+        let flush_failed = matches!((&op.kind, &op.result), (Kind::Flush(_), Some(Err(_))));
+        // Now and not when it was sent: others may have left since.
+        if flush_failed && self.in_sync_disks().iter().all(|disk| *disk == op.disk) {
+            self.oracle.copies_not_vouched_for();
+        }
         if let Kind::Write { data, payload, .. } = &op.kind
             && payload.bytes() != data
         {
