@@ -1,7 +1,7 @@
 //! Reading one replica's metadata: two superblock slots, then all bitmap pages.
 //!
-//! What must hold: a slot that cannot be trusted is never taken for "no volume here"; doubt is an error or a
-//! damaged slot, and damaged bitmap sectors read as all bits set.
+//! What must hold: where the magic stands in either slot, what cannot be trusted is an error or a damaged slot, never "no
+//! volume here" (without it in both there is none); damaged bitmap sectors read as all bits set.
 
 use std::io;
 use std::ops::Range;
