@@ -105,6 +105,10 @@ const REGRESSIONS: &[(u64, &str)] = &[
         "no bug: a sync's copy that the last replica could not flush, read, and turned back by a power cut",
     ),
     (120_023_586, "no bug: one side of a split, alone, is told of a flush that failed before"),
+    (
+        140_003_574,
+        "no bug: what the last replica lost before a restart comes to light while another one is in sync with a copy",
+    ),
     (110_012_298, "no bug that was released: a disk that rots demotes all the others"),
     (41_040_502, "a torn superblock is made whole by a torn later one with the same member table"),
     (

@@ -21,6 +21,11 @@ use super::slab::{Key, Slab};
 use crate::planted::{Bug, planted};
 use crate::units::{REPLICAS_MAX, ReplicaSet, ReplicaSlot};
 
+/// What an operator should know and do; `add` can still mend it now, since only this life knows which replica lost what.
+const NOBODY_FLUSHED: &str = "no replica in sync can be flushed: what was written since the last good flush may be lost at a power cut, \
+     and every flush is answered with an error until the volume is restarted. Add another replica before that \
+     (`nbdmirror add`): it gets a copy of what is read now, and what cannot be flushed is failed";
+
 /// Who asked for a flush.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum FlushOwner {
@@ -128,6 +133,9 @@ impl Mirror {
             }
             tickets.append(&mut self.flushes.rounds[slot.index()].next);
             self.notice(NoticeLevel::Error, format!("{}: flush failed: {errno}", self.describe(slot)));
+            if self.in_sync.iter().all(|slot| self.replica(slot).flush_failed) {
+                self.notice(NoticeLevel::Error, NOBODY_FLUSHED.to_owned());
+            }
         }
         // Tickets that will fail a replica come first: nothing is answered before that is known.
         for with_failures in [true, false] {

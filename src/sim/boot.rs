@@ -101,6 +101,7 @@ impl World {
             gone: false,
             full: false,
             unseen_error: false,
+            failed_alone: false,
             slow_factor,
             slow_until: Nanos(0),
             stuck_until: Nanos(0),

@@ -321,7 +321,9 @@ impl World {
     /// The daemon died while this was in flight: it may have happened, wholly or in part.
     pub(super) fn interrupt(&mut self, mut op: Op) {
         let lost = op.result == Some(Err(Errno::EIO)) && self.plan.faults.flush_loses;
-        self.disks[op.disk].unseen_error |= lost && matches!(op.kind, Kind::Flush(_));
+        let lost = lost && matches!(op.kind, Kind::Flush(_));
+        self.disks[op.disk].unseen_error |= lost;
+        self.disks[op.disk].failed_alone |= lost && self.holders == [op.disk];
         if op.result.is_some() || self.disks[op.disk].gone {
             return;
         }
@@ -355,6 +357,7 @@ impl World {
         // Now and not when it was sent: others may have left since.
         if flush_failed && self.in_sync_disks().iter().all(|disk| *disk == op.disk) {
             self.oracle.copies_not_vouched_for();
+            self.disks[op.disk].failed_alone = true;
         }
         if let Kind::Write { data, payload, .. } = &op.kind
             && payload.bytes() != data

@@ -98,6 +98,8 @@ pub struct SimDisk {
     pub full: bool,
     /// A flush lost data and the daemon died before it heard: the next flush says so (as Linux does).
     pub unseen_error: bool,
+    /// A flush failed while it was the last one in sync, since the last power cut.
+    pub failed_alone: bool,
     /// This many times slower than the others.
     pub slow_factor: u64,
     /// Much slower until then.
@@ -516,15 +518,11 @@ impl World {
         for op in daemon.ops.into_values() {
             self.interrupt(op);
         }
-        // Beyond the fault model the last replica may have lost its cache in an earlier life of the daemon. What comes
-        // back now can be known to nobody (docs/testing.md), and so cannot be judged.
-        let volume = self.plan.volume_bytes;
-        let unknown = |disk: &usize| self.disks[*disk].disk.has_lost_before(volume);
-        self.beyond_repair |= cut && !self.plan.within_model && self.holders.iter().any(unknown);
+        self.beyond_repair |= cut && self.turns_back_unknown();
         let mode = super::disk::CutMode::from_chance(&mut self.rng);
         for disk in &mut self.disks {
             if cut {
-                disk.unseen_error = false;
+                (disk.unseen_error, disk.failed_alone) = (false, false);
                 disk.disk.power_cut(&mut self.rng, mode);
             } else {
                 disk.disk.process_killed();
@@ -538,6 +536,16 @@ impl World {
         }
         self.meta.iter_mut().for_each(MetaView::forget);
         self.clients.iter_mut().for_each(Client::forget);
+    }
+
+    /// Beyond the fault model the last replica in sync may have lost its cache in an earlier life of the daemon. Whether it is
+    /// in sync still or another one has a copy of what it reads: what a power cut brings back there can be known to nobody
+    /// (docs/testing.md), and so cannot be judged.
+    fn turns_back_unknown(&self) -> bool {
+        let unknown = |disk: &SimDisk| disk.disk.has_lost_before(self.plan.volume_bytes);
+        let mut counted =
+            self.disks.iter().enumerate().filter(|(at, d)| d.failed_alone || self.holders.contains(at));
+        !self.plan.within_model && counted.any(|(_, disk)| unknown(disk))
     }
 
     /// A replica that counts as in sync by the others' word only (the commit in which it joined did not reach it) is refused

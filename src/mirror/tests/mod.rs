@@ -47,6 +47,7 @@ struct World {
     queue: Vec<(OpId, ReplicaSlot, DeviceOp)>,
     replies: Vec<(RequestId, Reply)>,
     answers: Vec<Result<String, String>>,
+    notices: Vec<String>,
     fault: Fault,
     log: Vec<(ReplicaSlot, String)>,
     adding: Option<usize>,
@@ -144,6 +145,7 @@ impl World {
             queue: Vec::new(),
             replies: Vec::new(),
             answers: Vec::new(),
+            notices: Vec::new(),
             fault: Box::new(|_, _| None),
             log: Vec::new(),
             adding: None,
@@ -172,7 +174,7 @@ impl World {
                 Action::Attach { slot, .. } => self.image_of[slot.index()] = self.adding.take(),
                 Action::Detach { slot } => self.image_of[slot.index()] = None,
                 Action::AdminDone { result, .. } => self.answers.push(result.map_err(|error| error.0)),
-                Action::Notice(_) => {}
+                Action::Notice(notice) => self.notices.push(notice.text),
             }
         }
     }
@@ -547,6 +549,8 @@ fn promise_9_a_flush_that_failed_everywhere_is_not_forgotten() {
     assert!(world.call(Request::Flush).is_err());
     world.fault = Box::new(|_, _| None);
     assert!(world.call(Request::Flush).is_err(), "a later success proves nothing");
+    let told = world.notices.iter().filter(|text| text.contains("no replica in sync can be flushed"));
+    assert_eq!(told.count(), 1);
     assert_eq!(world.mirror.status(world.now).health, Health::Failed);
 }
 
