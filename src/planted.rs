@@ -21,6 +21,8 @@ pub enum Bug {
     OverlapRace,
     /// Intent bits are cleared without a flush before (promise 4).
     ClearBeforeFlush,
+    /// Intent bits are cleared though the flush before failed (promise 4).
+    ClearAfterFailedFlush,
     /// An intent bit is cleared while a write in its region is in flight (promise 4).
     ClearWithWriteInFlight,
     /// Reads of an unsynced region do not wait for its sync (promise 5).
@@ -72,13 +74,14 @@ pub enum Bug {
 }
 
 /// Every planted bug, in order.
-pub const BUGS: [Bug; 30] = [
+pub const BUGS: [Bug; 31] = [
     Bug::AckBeforeIntent,
     Bug::IntentOnOneReplica,
     Bug::AckBeforeMembership,
     Bug::DropStaleBit,
     Bug::OverlapRace,
     Bug::ClearBeforeFlush,
+    Bug::ClearAfterFailedFlush,
     Bug::ClearWithWriteInFlight,
     Bug::ReadStaleSide,
     Bug::ReadStaleReplica,
@@ -113,7 +116,7 @@ impl Bug {
             Self::AckBeforeIntent | Self::IntentOnOneReplica | Self::DirtyNotShown => 1,
             Self::AckBeforeMembership | Self::DropStaleBit | Self::StaleMapNotShown => 2,
             Self::OverlapRace | Self::ZeroOneReplica | Self::ReuseBufferEarly => 3,
-            Self::ClearBeforeFlush | Self::ClearWithWriteInFlight => 4,
+            Self::ClearBeforeFlush | Self::ClearAfterFailedFlush | Self::ClearWithWriteInFlight => 4,
             Self::ReadStaleSide
             | Self::ReadStaleReplica
             | Self::AllocationOfResyncing

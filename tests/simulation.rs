@@ -105,6 +105,11 @@ const REGRESSIONS: &[(u64, &str)] = &[
         "no bug: a sync's copy that the last replica could not flush, read, and turned back by a power cut",
     ),
     (120_023_586, "no bug: one side of a split, alone, is told of a flush that failed before"),
+    (150_086_028, "no bug: one side of a split, alone, lost a flush; it died before it had recorded that"),
+    (
+        171_000_200,
+        "no bug: a replica is added in the slot of one that was removed, and an old superblock comes to light",
+    ),
     (
         140_003_574,
         "no bug: what the last replica lost before a restart comes to light while another one is in sync with a copy",

@@ -520,7 +520,7 @@ impl Mirror {
         let Sweep::Flushing(candidates) = std::mem::replace(&mut self.sweep, idle) else {
             unreachable!("a sweep flushes once")
         };
-        if ok {
+        if ok || planted(Bug::ClearAfterFailedFlush) {
             self.clear_intent(&candidates, false);
         }
     }

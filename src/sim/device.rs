@@ -357,7 +357,8 @@ impl World {
         // Now and not when it was sent: others may have left since.
         if flush_failed && self.in_sync_disks().iter().all(|disk| *disk == op.disk) {
             self.oracle.copies_not_vouched_for();
-            self.disks[op.disk].failed_alone = true;
+            let lost = op.result == Some(Err(Errno::EIO)) && self.plan.faults.flush_loses;
+            self.disks[op.disk].failed_alone |= lost;
         }
         if let Kind::Write { data, payload, .. } = &op.kind
             && payload.bytes() != data

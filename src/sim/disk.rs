@@ -367,9 +367,11 @@ impl Disk {
         self.meta_epoch += 1;
     }
 
-    /// Blocks under `limit` bytes with sectors that are not durable, in order.
+    /// Blocks under `limit` bytes with sectors that are not durable, or that a failed flush lost in this life of the daemon.
     pub fn unflushed_blocks(&self, limit: u64) -> impl Iterator<Item = u64> {
-        self.history.range(..limit.div_ceil(BLOCK_BYTES)).map(|(block, _)| *block)
+        let end = limit.div_ceil(BLOCK_BYTES);
+        let lost = self.lost.range(..end).filter(|(_, (mask, _))| *mask != 0);
+        self.history.range(..end).map(|(block, _)| *block).chain(lost.map(|(block, _)| *block))
     }
 
     /// Whether a sector that `range` touches is not durable in its newest version.

@@ -11,7 +11,7 @@ use crate::units::{BLOCK_BYTES, MILLISECOND_NS, ReplicaSlot, SECOND_NS, SECTOR_B
 
 use super::counts::FaultKind;
 use super::device::{Kind, Op};
-use super::disk::CutMode;
+use super::disk::{CutMode, differing_blocks};
 use super::rng::Rng;
 use super::world::{Checked, Daemon, FailNext, SimDisk, Wake, World, violated};
 
@@ -164,10 +164,21 @@ impl World {
         };
         let quiet = self.disks.iter().all(well) && !pending_error;
         let all_in_sync = self.in_sync_disks().len() == self.disks.len();
-        if !self.plan.within_model || (quiet && all_in_sync && self.all_recorded_in_sync()) {
-            self.suspect = self.suspect.filter(|_| !self.plan.within_model);
+        let settled = quiet && all_in_sync && self.all_recorded_in_sync();
+        if settled && (self.plan.within_model || self.are_equal()) {
+            self.suspect = None;
+        }
+        if settled || !self.plan.within_model {
             self.victim = Some(self.rng.below(disks) as usize);
         }
+    }
+
+    /// Whether all disks read the same.
+    fn are_equal(&self) -> bool {
+        let volume = self.plan.volume_bytes;
+        self.disks.iter().all(|disk| {
+            differing_blocks(self.disks[0].disk.image(), disk.disk.image(), volume).next().is_none()
+        })
     }
 
     /// The disk to hurt now, if one may be hurt.
@@ -189,7 +200,6 @@ impl World {
         self.counts.fault(FaultKind::Full);
         if self.plan.faults.full_everywhere {
             self.trace(|| "all disks are full".to_owned());
-            self.excused = true;
             for disk in 0..self.disks.len() {
                 self.disks[disk].full = true;
             }
@@ -216,6 +226,7 @@ impl World {
         }
         let disk = &self.disks[op.disk];
         if disk.full && op.writes() && op.range.offset < self.plan.volume_bytes {
+            self.last_full = self.now;
             return Some((Errno::ENOSPC, FaultKind::NoSpace));
         }
         if disk.unseen_error && matches!(op.kind, Kind::Flush(_)) {
@@ -527,9 +538,10 @@ impl World {
 
     /// Promise 8: each side is run without the other; together they must be refused.
     fn split_brain(&mut self) -> Checked {
-        // A side alone is to be well: it is not where it hears of a flush that failed before.
-        let hears_late = self.disks.iter().any(|disk| disk.unseen_error);
-        if self.disks.len() < 2 || !self.all_recorded_in_sync() || hears_late {
+        // A side alone is to be well: it is not where it hears of a flush that failed before, or did not live to record it.
+        let volume = self.plan.volume_bytes;
+        let unwell = self.disks.iter().any(|disk| disk.unseen_error || disk.disk.has_lost(volume));
+        if self.disks.len() < 2 || !self.all_recorded_in_sync() || unwell {
             let all: Vec<usize> = (0..self.disks.len()).collect();
             return self.start(&all);
         }

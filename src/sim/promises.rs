@@ -22,7 +22,7 @@ use crate::buffer::Payload;
 use crate::format::Found;
 use crate::format::read::read_found;
 use crate::format::superblock::MemberState;
-use crate::units::{BLOCK_BYTES, ByteRange, RegionIndex, ReplicaSlot};
+use crate::units::{BLOCK_BYTES, ByteRange, RegionIndex, ReplicaSet, ReplicaSlot};
 
 use super::client::{Asked, Pending};
 use super::device::{Kind, Op};
@@ -58,9 +58,13 @@ impl MetaView {
         self.found.as_ref().is_none_or(|found| found.maps.intent[region.index()])
     }
 
-    fn counts_in_sync(&self, slot: ReplicaSlot) -> bool {
+    /// Whether the replica that says of itself what stands in `other`, in `slot`, counts as in sync by this one's word.
+    fn counts_in_sync(&self, slot: ReplicaSlot, other: &Self) -> bool {
         let member = self.found.as_ref().and_then(|found| found.superblock.members[slot.index()].as_ref());
-        member.is_some_and(|member| member.state == MemberState::InSync)
+        let own = other.found.as_ref().and_then(|found| found.superblock.own_entry());
+        member.is_some_and(|member| {
+            member.state == MemberState::InSync && own.is_some_and(|own| own.uuid == member.uuid)
+        })
     }
 
     fn stale(&self, slot: ReplicaSlot, region: RegionIndex) -> bool {
@@ -133,11 +137,12 @@ impl World {
         let in_sync = self.daemon.as_ref().is_some_and(|daemon| daemon.in_sync.contains(op.slot));
         let news = in_sync || !self.in_sync_disks().iter().any(|disk| self.holds(*disk, op));
         let changes = news || !self.holds(op.disk, op);
+        self.refresh_meta(op.disk)?;
         for disk in self.in_sync_disks() {
             self.refresh_meta(disk)?;
             let view = &self.meta[disk];
             for region in self.data_regions(op.range) {
-                let counts = news || view.counts_in_sync(op.slot) && changes;
+                let counts = news || view.counts_in_sync(op.slot, &self.meta[op.disk]) && changes;
                 if counts && !view.intent(region) && (news || !view.stale(op.slot, region)) {
                     return violated(
                         "promise_1_intent_before_data",
@@ -356,6 +361,18 @@ impl World {
         let Some(daemon) = &self.daemon else { return Ok(()) };
         if daemon.in_sync.is_empty() {
             return violated("promise_6_never_the_last", "no replica is in sync");
+        }
+        Ok(())
+    }
+
+    /// Promise 6: within the fault model only the disk that was hurt, or that a command named (the same one), stops being
+    /// in sync. (In a script nobody is the victim.)
+    pub(super) fn promise_6_the_well_stay(&self, left: ReplicaSet) -> Checked {
+        let aimed = self.plan.within_model && self.chaos && !self.plan.faults.full_everywhere && !self.split;
+        for disk in left.iter().filter(|_| aimed).filter_map(|slot| self.disk_of(slot)) {
+            if self.victim.is_some_and(|victim| victim != disk) {
+                return violated("promise_6_never_the_last", format!("disk {disk} is well and was failed"));
+            }
         }
         Ok(())
     }

@@ -9,7 +9,7 @@ use crate::format::superblock::MemberState;
 use crate::format::{Assembly, Found};
 use crate::units::{BLOCK_BYTES, ReplicaSlot};
 
-use super::disk::{Disk, Image, differing_blocks};
+use super::disk::{Disk, differing_blocks};
 use super::world::{Checked, World, violated};
 
 /// One in so many changes of durable metadata is followed by a judgement of what a crash would leave.
@@ -61,11 +61,8 @@ impl World {
         let Ok((assembly, index_of_found)) = self.assemble_found(found) else { return Ok(()) };
         self.counts.crash_images += 1;
         let name = "promise_7_recovery";
-        let lost = self.disks.iter().any(|disk| disk.disk.has_lost(self.plan.volume_bytes));
-        if !lost {
-            self.is_sound(name, &assembly, &index_of_found, Disk::durable_image)?;
-        }
-        self.is_sound(name, &assembly, &index_of_found, Disk::image)?;
+        self.is_sound(name, &assembly, &index_of_found, Cut::Power)?;
+        self.is_sound(name, &assembly, &index_of_found, Cut::Kill)?;
         if self.looks.is_multiple_of(CRASHES_JUDGED_ONE_IN * ORACLES_ASKED_ONE_IN) {
             let Some(source) = disk_in(&assembly, &index_of_found, assembly.source) else { return Ok(()) };
             let (mut cut, mut killed) = (self.oracle.clone(), self.oracle.clone());
@@ -85,22 +82,22 @@ impl World {
     }
 
     /// Whether the replicas of an assembly differ only where it knows.
-    fn is_sound(
-        &mut self,
-        name: &str,
-        assembly: &Assembly,
-        index_of_found: &[usize],
-        image_of: impl Fn(&Disk) -> &Image,
-    ) -> Checked {
+    fn is_sound(&mut self, name: &str, assembly: &Assembly, index_of_found: &[usize], cut: Cut) -> Checked {
         let Some(source) = disk_in(assembly, index_of_found, assembly.source) else { return Ok(()) };
         let regions = self.regions();
+        let volume = self.plan.volume_bytes;
+        let image_of = if cut == Cut::Power { Disk::durable_image } else { Disk::image };
         for slot in assembly.in_sync.union(assembly.resync).iter() {
             let Some(disk) = disk_in(assembly, index_of_found, slot) else { continue };
+            let lost = |disk: usize| self.disks[disk].disk.has_lost(volume);
+            if cut == Cut::Power && (lost(source) || lost(disk)) {
+                continue;
+            }
             if let Ok([source, disk]) = self.disks.get_disjoint_mut([source, disk]) {
                 disk.disk.share_equal(&source.disk);
             }
             let (one, other) = (image_of(&self.disks[source].disk), image_of(&self.disks[disk].disk));
-            for block in differing_blocks(one, other, self.plan.volume_bytes) {
+            for block in differing_blocks(one, other, volume) {
                 let region = regions.of(block * BLOCK_BYTES).index();
                 let stale = assembly.resync.contains(slot) && assembly.maps.stale[slot.index()][region];
                 if !assembly.unsynced[region] && !stale {
@@ -144,7 +141,7 @@ impl World {
         if !self.plan.within_model && self.suspect.is_some() {
             return Ok(());
         }
-        self.is_sound(name, assembly, index_of_found, Disk::image)
+        self.is_sound(name, assembly, index_of_found, Cut::Kill)
     }
 
     /// Promise 8: a replica that knows it is not in sync is not started alone.
@@ -168,6 +165,15 @@ impl World {
         }
         Ok(())
     }
+}
+
+/// What a crash leaves of a disk.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Cut {
+    /// What is durable; of a disk that a failed flush has lost something on, nobody knows.
+    Power,
+    /// What it reads.
+    Kill,
 }
 
 fn disk_in(assembly: &Assembly, index_of_found: &[usize], slot: ReplicaSlot) -> Option<usize> {

@@ -168,7 +168,7 @@ pub(super) fn heal(world: &mut World) -> Checked {
         }
         rounds += 1;
         if rounds == 20 && !world.plan.within_model {
-            world.crash(false); // a lost flush is cured by a restart only
+            restart_where_failed(world)?;
         }
         if world.daemon.is_none() {
             let all: Vec<usize> = (0..world.disks.len()).collect();
@@ -179,6 +179,19 @@ pub(super) fn heal(world: &mut World) -> Checked {
         world.run_until(SECOND_NS, is_well)?;
         // `run_until` stops at the first event past its limit; with nothing to do time stands still.
         world.now = world.now.plus(SECOND_NS / 100);
+    }
+    Ok(())
+}
+
+/// Beyond the fault model a flush may have been lost everywhere, which only a restart cures. Nobody waits for an answer for
+/// ever even so.
+fn restart_where_failed(world: &mut World) -> Checked {
+    let Some(daemon) = &world.daemon else { return Ok(()) };
+    if !daemon.requests.is_empty() || !daemon.admins.is_empty() {
+        return violated("liveness", format!("beyond the fault model: {}", describe(world)));
+    }
+    if daemon.mirror.status(world.now).health == Health::Failed {
+        world.crash(false);
     }
     Ok(())
 }

@@ -98,7 +98,7 @@ pub struct SimDisk {
     pub full: bool,
     /// A flush lost data and the daemon died before it heard: the next flush says so (as Linux does).
     pub unseen_error: bool,
-    /// A flush failed while it was the last one in sync, since the last power cut.
+    /// A flush failed and lost data while it was the last one in sync, since the last power cut.
     pub failed_alone: bool,
     /// This many times slower than the others.
     pub slow_factor: u64,
@@ -175,8 +175,10 @@ pub struct World {
     pub chaos: bool,
     /// The disk that faults are aimed at (within the fault model: the only one).
     pub victim: Option<usize>,
-    /// Requests may fail though one disk is well (all disks are full).
+    /// Requests may fail: a script hurts what stands alone.
     pub excused: bool,
+    /// When a disk was last too full for a write.
+    pub last_full: Nanos,
     /// More went wrong than a mirror can bear; the run ends here.
     pub beyond_repair: bool,
     /// Disks ever made.
@@ -240,6 +242,7 @@ impl World {
             chaos: true,
             victim: None,
             excused: false,
+            last_full: Nanos(0),
             beyond_repair: false,
             disks_made: 0,
             counts: Counts::default(),
@@ -421,7 +424,7 @@ impl World {
         let mut actions = Vec::new();
         daemon.mirror.handle(now, event, &mut actions);
         self.counts.events += 1;
-        self.refresh_sets();
+        self.refresh_sets()?;
         for action in actions {
             match action {
                 Action::Device { op, slot, request } => self.submit(op, slot, request)?,
@@ -449,8 +452,8 @@ impl World {
         self.deliver(Event::Tick)
     }
 
-    fn refresh_sets(&mut self) {
-        let Some(daemon) = &mut self.daemon else { return };
+    fn refresh_sets(&mut self) -> Checked {
+        let Some(daemon) = &mut self.daemon else { return Ok(()) };
         let before = (daemon.in_sync, daemon.resyncing, daemon.members);
         (daemon.in_sync, daemon.resyncing, daemon.members) = daemon.mirror.replica_sets();
         let after = (daemon.in_sync, daemon.resyncing, daemon.members);
@@ -468,7 +471,9 @@ impl World {
                     view.forget();
                 }
             }
+            self.promise_6_the_well_stay(before.0.difference(after.0))?;
         }
+        Ok(())
     }
 
     fn schedule_tick(&mut self) {
@@ -518,7 +523,8 @@ impl World {
         for op in daemon.ops.into_values() {
             self.interrupt(op);
         }
-        self.beyond_repair |= cut && self.turns_back_unknown();
+        let unknown = if cut { self.turn_back_unknown() } else { vec![] };
+        self.beyond_repair |= unknown.iter().any(|disk| self.holders.contains(disk));
         let mode = super::disk::CutMode::from_chance(&mut self.rng);
         for disk in &mut self.disks {
             if cut {
@@ -527,6 +533,9 @@ impl World {
             } else {
                 disk.disk.process_killed();
             }
+        }
+        if !self.beyond_repair {
+            unknown.into_iter().for_each(|disk| self.replace_disk(disk));
         }
         self.keep_sure_holders();
         if cut {
@@ -538,14 +547,14 @@ impl World {
         self.clients.iter_mut().for_each(Client::forget);
     }
 
-    /// Beyond the fault model the last replica in sync may have lost its cache in an earlier life of the daemon. Whether it is
-    /// in sync still or another one has a copy of what it reads: what a power cut brings back there can be known to nobody
-    /// (docs/testing.md), and so cannot be judged.
-    fn turns_back_unknown(&self) -> bool {
-        let unknown = |disk: &SimDisk| disk.disk.has_lost_before(self.plan.volume_bytes);
-        let mut counted =
-            self.disks.iter().enumerate().filter(|(at, d)| d.failed_alone || self.holders.contains(at));
-        !self.plan.within_model && counted.any(|(_, disk)| unknown(disk))
+    /// Beyond the fault model the last replica in sync may have lost its cache in an earlier life of the daemon. What a power
+    /// cut brings back there can be known to nobody (docs/testing.md), and so cannot be judged; where others are in sync
+    /// by then, the operator gives that one a full copy (docs/operating.md).
+    fn turn_back_unknown(&self) -> Vec<usize> {
+        let counts = |disk: &usize| self.disks[*disk].failed_alone || self.holders.contains(disk);
+        let unknown = |disk: &usize| self.disks[*disk].disk.has_lost_before(self.plan.volume_bytes);
+        let disks = (0..self.disks.len()).filter(|_| !self.plan.within_model);
+        disks.filter(counts).filter(unknown).collect()
     }
 
     /// A replica that counts as in sync by the others' word only (the commit in which it joined did not reach it) is refused

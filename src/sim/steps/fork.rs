@@ -193,7 +193,7 @@ impl World {
         let mut hash = ContentHash::new();
         for disk in &self.disks {
             hash.number(disk.disk.bytes());
-            let flags = [disk.gone, disk.full, disk.unseen_error, disk.traits.cheap_zero];
+            let flags = [disk.gone, disk.full, disk.unseen_error, disk.failed_alone, disk.traits.cheap_zero];
             hash.number(flags.into_iter().fold(0, |bits, flag| bits << 1 | u64::from(flag)));
             disk.disk.add_identity(&mut hash);
         }
@@ -316,7 +316,7 @@ impl CrashPoint {
         for (index, disk) in world.disks.iter_mut().enumerate() {
             match self.crash {
                 Crash::PowerCut => {
-                    disk.unseen_error = false;
+                    (disk.unseen_error, disk.failed_alone) = (false, false);
                     disk.disk.power_cut_to(|write, sector| stays(&kept[index], write, sector));
                 }
                 Crash::Kill => {

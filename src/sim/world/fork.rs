@@ -28,6 +28,7 @@ impl World {
             chaos: self.chaos,
             victim: self.victim,
             excused: self.excused,
+            last_full: self.last_full,
             beyond_repair: self.beyond_repair,
             disks_made: self.disks_made,
             counts: Counts::default(),
