@@ -90,7 +90,9 @@ pub(super) struct DataPlane {
     /// How long a client may be idle (see `EngineConfig`).
     pub client_idle_ns_max: Option<u64>,
     /// Requests that the core has answered since something else than sends was completed.
-    answers: u32,
+    pub answers: u32,
+    /// What `answers` was when it was last counted anew.
+    pub answers_before: u32,
     spin: Spin,
     timers: Timers,
     actions: Vec<Action>,
@@ -131,6 +133,7 @@ impl DataPlane {
             sweep_at: None,
             client_idle_ns_max,
             answers: 0,
+            answers_before: 0,
             spin: Spin::new(),
             timers: Timers::default(),
             actions: Vec::new(),
@@ -185,7 +188,7 @@ impl DataPlane {
             self.ring.wait(limit, completions);
         }
         if completions.is_empty() || !only_sends(completions) {
-            self.answers = 0;
+            (self.answers_before, self.answers) = (self.answers, 0);
         }
     }
 
