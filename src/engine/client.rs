@@ -224,6 +224,12 @@ impl Client {
         matches!(self.stage, Stage::Payload(_) | Stage::Lent(_))
     }
 
+    /// Whether less than `bytes` of a payload is all that a request still wants.
+    pub(super) fn is_near_its_end(&self, bytes: usize) -> bool {
+        let Stage::Payload(incoming) = &self.stage else { return false };
+        (1..bytes).contains(&(incoming.payload.len - incoming.filled))
+    }
+
     /// Reads no more. Gives what a half-received request was charged, to be released; it was never begun.
     #[must_use]
     pub(super) fn end_reading(&mut self) -> u64 {

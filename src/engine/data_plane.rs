@@ -28,6 +28,7 @@ use super::ring::{Completion, Ring};
 use super::send_batch::SendBatch;
 use super::slab::{Key, Slab};
 use super::spin::Spin;
+use super::timers::Timers;
 use crate::buffer::{BufferPool, SharedBuffer};
 use crate::mirror::Mirror;
 use crate::mirror::event::{
@@ -89,8 +90,11 @@ pub(super) struct DataPlane {
     /// How long a client may be idle (see `EngineConfig`).
     pub client_idle_ns_max: Option<u64>,
     /// Requests that the core has answered since something else than sends was completed.
-    answers: u32,
+    pub answers: u32,
+    /// What `answers` was when it was last counted anew.
+    pub answers_before: u32,
     spin: Spin,
+    timers: Timers,
     actions: Vec<Action>,
     /// The core is being fed: what it asks for is done before the next event.
     feeding: bool,
@@ -129,7 +133,9 @@ impl DataPlane {
             sweep_at: None,
             client_idle_ns_max,
             answers: 0,
+            answers_before: 0,
             spin: Spin::new(),
+            timers: Timers::default(),
             actions: Vec::new(),
             feeding: false,
             origin: Instant::now(),
@@ -167,9 +173,10 @@ impl DataPlane {
 
     /// Submits what is queued and waits for completions, awake for a moment where that is likely to be enough.
     fn wait(&mut self, completions: &mut Vec<Completion>) {
-        let timeout = self.time_left();
+        let deadline = self.next_deadline();
         if let Some(limit) = self.spin.limit(self.answers, self.requests.len()) {
-            let limit = timeout.map_or(limit, |timeout| limit.min(timeout));
+            let left = deadline.map(|at| Duration::from_nanos(at.since(self.now)));
+            let limit = left.map_or(limit, |left| limit.min(left));
             let found = self.ring.spin(limit, completions);
             // A reply is sent at once as a rule, which says nothing of the next request.
             if !found || !only_sends(completions) {
@@ -177,10 +184,11 @@ impl DataPlane {
             }
         }
         if completions.is_empty() {
-            self.ring.wait(timeout, completions);
+            let limit = deadline.and_then(|at| self.timers.arm(&mut self.ring, self.now, at));
+            self.ring.wait(limit, completions);
         }
         if completions.is_empty() || !only_sends(completions) {
-            self.answers = 0;
+            (self.answers_before, self.answers) = (self.answers, 0);
         }
     }
 
@@ -189,11 +197,10 @@ impl DataPlane {
         self.now = Nanos(self.origin.elapsed().as_nanos() as u64);
     }
 
-    /// How long there is nothing to do but wait; `None`: until something happens.
-    fn time_left(&self) -> Option<Duration> {
+    /// Until when there is nothing to do but wait; `None`: until something happens.
+    fn next_deadline(&self) -> Option<Nanos> {
         let stop_at = self.stop.as_ref().and_then(Stop::deadline);
-        let next = [self.mirror.next_deadline(), self.sweep_at, stop_at].into_iter().flatten().min()?;
-        Some(Duration::from_nanos(next.since(self.now)))
+        [self.mirror.next_deadline(), self.sweep_at, stop_at].into_iter().flatten().min()
     }
 
     fn completed(&mut self, completion: Completion) {
@@ -207,6 +214,7 @@ impl DataPlane {
                 self.read_mailbox();
                 self.listen_to_mailbox(value);
             }
+            Operation::Timer { at, time } => self.timers.ended(at, time),
             Operation::Cancel { .. } => {}
         }
     }
@@ -295,6 +303,9 @@ impl DataPlane {
         if let Some(target) = self.wake.take() {
             self.ring.start(Operation::Cancel { target });
         }
+        for target in self.timers.keys() {
+            self.ring.start(Operation::Cancel { target });
+        }
         for key in self.clients.keys() {
             self.break_off(key);
         }
@@ -320,7 +331,7 @@ impl DataPlane {
             self.look_at_clock();
             for completion in completions.drain(..) {
                 match completion.operation {
-                    Operation::Wake { .. } | Operation::Cancel { .. } => {}
+                    Operation::Wake { .. } | Operation::Timer { .. } | Operation::Cancel { .. } => {}
                     _ => self.completed(completion),
                 }
             }

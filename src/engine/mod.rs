@@ -8,7 +8,7 @@
 //! - `data_plane`: the loop around the core. Its parts: `receive` and `client` (bytes to requests), `send` and
 //!   `send_batch` (replies to bytes), `memory` (who may hold how much), `devices` and `device_io` (the core's
 //!   device operations), `admin` (messages and the stop).
-//! - `ring`, `operation`, `slab`: io_uring made safe by ownership; `spin`: when to wait for it awake.
+//! - `ring`, `operation`, `slab`: io_uring made safe by ownership; `spin`: when to wait for it awake; `timers`: until when.
 //!
 //! What must hold, besides the promises: memory that the kernel may touch is owned by an operation in the ring until
 //! its completion has been taken; no client costs anybody more than its own connection.
@@ -34,6 +34,7 @@ mod spin;
 mod survey;
 #[cfg(test)]
 mod tests;
+mod timers;
 
 pub use availability::{UringUnavailable, check_io_uring};
 pub use device::{Access, DeviceIdentity, DeviceKind, DeviceOpenError, ReplicaDevice, identity_of_path};

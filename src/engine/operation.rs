@@ -13,6 +13,7 @@ use super::device_io::DeviceIo;
 use super::receive::Receive;
 use super::send_batch::SendBatch;
 use super::slab::Key;
+use crate::units::Nanos;
 
 /// An operation of the ring.
 pub(super) enum Operation {
@@ -28,6 +29,13 @@ pub(super) enum Operation {
         fd: RawFd,
         /// What is read from it.
         value: Box<u64>,
+    },
+    /// Ends when its time is over.
+    Timer {
+        /// When that is, by the engine's clock.
+        at: Nanos,
+        /// How long from its start.
+        time: Box<types::Timespec>,
     },
     /// Ends another operation early.
     Cancel {
@@ -46,6 +54,7 @@ impl Operation {
             Self::Wake { fd, value } => {
                 opcode::Read::new(types::Fd(*fd), std::ptr::from_mut(&mut **value).cast(), 8).build()
             }
+            Self::Timer { time, .. } => opcode::Timeout::new(std::ptr::from_ref(&**time)).build(),
             Self::Cancel { target } => opcode::AsyncCancel::new(target.to_u64()).build(),
         }
     }

@@ -9,6 +9,7 @@ use uuid::Uuid;
 use super::client::Client;
 use super::data_plane::DataPlane;
 use super::handle::{Counted, EngineConfig, Mailbox};
+use super::receive::{Into, Receive};
 use super::ring::Ring;
 use super::{Access, MEMORY_BYTES_MAX_DEFAULT, ReplicaDevice};
 use crate::format::assemble::{AssembleOptions, assemble};
@@ -61,13 +62,8 @@ fn data_plane(dir: &Path) -> DataPlane {
     DataPlane::new(Ring::new().unwrap(), config, Arc::new(Mailbox::new().unwrap()))
 }
 
-/// A receive brings half a header, so the turn is to end with the next one. Then, in the same turn, a send of the
-/// same connection fails.
-#[test]
-fn a_connection_given_up_between_a_turns_parse_and_its_receive_is_let_go() {
-    let dir = tempfile::tempdir().unwrap();
-    let mut data_plane = data_plane(dir.path());
-    let (_ours, theirs) = UnixStream::pair().unwrap();
+/// A connection in the transmission phase.
+fn client(theirs: UnixStream) -> Client {
     let export = Export {
         name: "test".to_owned(),
         description: String::new(),
@@ -77,11 +73,41 @@ fn a_connection_given_up_between_a_turns_parse_and_its_receive_is_let_go() {
     };
     let session = Session::new(Arc::new(export), Negotiated::default());
     let counted = Counted::new(&Arc::default());
-    let client = Client::new(theirs.into(), session, "test".to_owned(), counted, Nanos(0));
-    let key = data_plane.clients.insert(client);
+    Client::new(theirs.into(), session, "test".to_owned(), counted, Nanos(0))
+}
+
+/// A receive brings half a header, so the turn is to end with the next one. Then, in the same turn, a send of the
+/// same connection fails.
+#[test]
+fn a_connection_given_up_between_a_turns_parse_and_its_receive_is_let_go() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut data_plane = data_plane(dir.path());
+    let (_ours, theirs) = UnixStream::pair().unwrap();
+    let key = data_plane.clients.insert(client(theirs));
     data_plane.parse(key, false);
     assert_eq!(data_plane.receivers, [key]);
     data_plane.break_off(key);
     data_plane.settle();
     assert_eq!(data_plane.clients.len(), 0);
+}
+
+/// libnbd sends a WRITE's header and its payload by two calls; who sleeps between them is woken twice for one request.
+#[test]
+fn the_rest_of_a_small_write_is_waited_for_awake_as_the_next_request_is() {
+    let dir = tempfile::tempdir().unwrap();
+    for (len, answers) in [(4096_u32, 1), (1 << 20, 0)] {
+        let mut data_plane = data_plane(dir.path());
+        let (_ours, theirs) = UnixStream::pair().unwrap();
+        let key = data_plane.clients.insert(client(theirs));
+        data_plane.answers_before = 1;
+        let mut buffer = data_plane.pool.take(4096);
+        buffer[..4].copy_from_slice(&0x2560_9513_u32.to_be_bytes());
+        buffer[4..24].copy_from_slice(&[0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0, 0]);
+        buffer[24..28].copy_from_slice(&len.to_be_bytes());
+        data_plane
+            .received(Receive { connection: key, fd: -1, into: Into::Buffer { buffer, filled: 0 } }, 28);
+        assert_eq!(data_plane.answers, answers, "{len} bytes");
+        data_plane.break_off(key);
+        data_plane.settle();
+    }
 }
