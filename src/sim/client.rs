@@ -10,7 +10,7 @@ use crate::nbd::session::{Command, Parsed, Session};
 use crate::nbd::wire::{PAYLOAD_BYTES_MAX, REQUEST_BYTES, REQUEST_MAGIC};
 use crate::units::{BLOCK_BYTES, ByteRange, ReplicaSet};
 
-use super::counts::RequestKind;
+use super::counts::{FaultKind, RequestKind};
 use super::disk::FlushMark;
 use super::oracle::{Outcome, Value};
 use super::plan::Plan;
@@ -402,7 +402,8 @@ impl World {
             let right = match pending.asked {
                 // Its one source may give an error: no other may answer where the copies differ.
                 Asked::Read => {
-                    error == RequestError::Io && self.plan.faults.read_error > 0 || self.is_unsynced()
+                    error == RequestError::Io && self.plan.faults.has(FaultKind::ReadError)
+                        || self.is_unsynced()
                 }
                 Asked::Flush => false,
                 _ => error == RequestError::ReadOnly,

@@ -4,7 +4,7 @@
 //! lie in one region, `BLOCK_C` in another.
 
 use crate::sim::client::Asked;
-use crate::sim::plan::{FaultRates, Mix, Plan};
+use crate::sim::plan::{FaultKind, FaultRates, Mix, Plan};
 use crate::units::{BLOCK_BYTES, MILLISECOND_NS, REGION_BYTES_MIN};
 
 /// The first block of the volume.
@@ -370,7 +370,7 @@ impl SmallWorld {
             write_mostly: 0,
             // A fault of the only replica is beyond the model: errors are legal, wrong data never.
             within_model: !(self.fault && self.setup == Setup::Alone),
-            faults: FaultRates { flush_loses: true, ..FaultRates::default() },
+            faults: FaultRates::NONE.with(FaultKind::FlushLosesCache, 1),
             intent_idle_ns: 50 * MILLISECOND_NS,
             resync_jobs_max: 2,
             resync_burst_ns: 16_000_000,

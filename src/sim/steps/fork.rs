@@ -19,6 +19,7 @@ use std::fmt::{self, Display};
 use std::rc::Rc;
 use std::str::FromStr;
 
+use super::super::counts::FaultKind;
 use super::super::device::Kind;
 use super::super::disk::{ContentHash, WriteSeq};
 use super::super::rng::Rng;
@@ -153,7 +154,8 @@ impl World {
         let mut open = Vec::new();
         let ops = self.daemon.iter().flat_map(|daemon| daemon.ops.values());
         for op in ops {
-            let lost = op.result == Some(Err(nix::errno::Errno::EIO)) && self.plan.faults.flush_loses;
+            let lost = op.result == Some(Err(nix::errno::Errno::EIO))
+                && self.plan.faults.has(FaultKind::FlushLosesCache);
             base.disks[op.disk].unseen_error |=
                 crash == Crash::Kill && lost && matches!(op.kind, Kind::Flush(_));
             if op.result.is_some() || base.disks[op.disk].gone {
