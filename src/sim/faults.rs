@@ -103,15 +103,19 @@ impl World {
             .any(|other| other != disk && !self.disks[other].gone && !self.disks[other].full)
     }
 
-    fn fill_up(&mut self) {
+    /// False: no disk may be hurt now.
+    fn fill_up(&mut self) -> bool {
+        let mut hit = false;
         if self.plan.faults.has(FaultKind::FullEverywhere) {
             self.trace(|| "all disks are full".to_owned());
+            hit = true;
             self.excused = true;
             for disk in 0..self.disks.len() {
                 self.disks[disk].full = true;
             }
         } else if let Some(disk) = self.target() {
             self.trace(|| format!("disk {disk} is full"));
+            hit = true;
             self.disks[disk].full = true;
         }
         for disk in 0..self.disks.len() {
@@ -120,6 +124,7 @@ impl World {
                 self.wake_in(back, Wake::Better(disk));
             }
         }
+        hit
     }
 
     /// Whether an operation fails, and how.

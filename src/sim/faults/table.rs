@@ -172,11 +172,7 @@ faults! {
     /// A disk was gone for a while.
     Outage: timed("outage", Shared(400, PAUSES), World::outage),
     /// A disk, or all, had no room for a while.
-    Full: timed("full", Shared(150, PAUSES), |world| {
-        world.fill_up();
-        Ok(true)
-    })
-    .also_alone(),
+    Full: timed("full", Shared(150, PAUSES), |world| Ok(world.fill_up())).also_alone(),
     /// All disks are full at the same time.
     FullEverywhere: drawn("full_everywhere", Shared(300, &[1])).not_counted(),
     /// A disk was many times slower for a while.
