@@ -35,6 +35,15 @@ pub enum Crash {
     Kill,
 }
 
+impl Crash {
+    /// Those that what is left can be judged after. A kill is none of them where a replica that is trusted has turned back
+    /// after a failed flush: nobody who lives knows of it (see `World::crash`).
+    pub fn judged(world: &World) -> impl Iterator<Item = Self> {
+        let kill = (!world.holder_turned_back()).then_some(Self::Kill);
+        [Self::PowerCut].into_iter().chain(kill)
+    }
+}
+
 /// Names a joint outcome at one crash point.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Pick {

@@ -143,6 +143,10 @@ fn one(world: &mut World, step: Step) -> Checked {
             world.next_fails.push((disk, kind));
             Ok(())
         }
+        Step::TurnsBack => {
+            world.plan.faults = world.plan.faults.with(FaultKind::FlushTurnsBack, 1);
+            Ok(())
+        }
         Step::Slow(disk, factor) => {
             world.disks[disk].slow_factor = factor;
             Ok(())
