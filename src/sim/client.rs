@@ -10,7 +10,7 @@ use crate::nbd::session::{Command, Parsed, Session};
 use crate::nbd::wire::{PAYLOAD_BYTES_MAX, REQUEST_BYTES, REQUEST_MAGIC};
 use crate::units::{BLOCK_BYTES, ByteRange, Nanos, ReplicaSet};
 
-use super::counts::RequestKind;
+use super::counts::{FaultKind, RequestKind};
 use super::disk::FlushMark;
 use super::oracle::{Outcome, Value};
 use super::plan::Plan;
@@ -405,7 +405,8 @@ impl World {
             let right = match pending.asked {
                 // Its one source may give an error: no other may answer where the copies differ.
                 Asked::Read => {
-                    error == RequestError::Io && self.plan.faults.read_error > 0 || self.is_unsynced()
+                    error == RequestError::Io && self.plan.faults.has(FaultKind::ReadError)
+                        || self.is_unsynced()
                 }
                 Asked::Flush => false,
                 _ => error == RequestError::ReadOnly,
@@ -418,8 +419,9 @@ impl World {
         }
         let stopping = self.daemon.as_ref().is_some_and(|daemon| daemon.stopping);
         // Where all disks may be full at once, what writes may find no room; it finds some afterwards.
-        let no_room =
-            self.plan.faults.full_everywhere && pending.asked.writes() && pending.sent_at <= self.last_full;
+        let no_room = self.plan.faults.has(FaultKind::FullEverywhere)
+            && pending.asked.writes()
+            && pending.sent_at <= self.last_full;
         let excused = self.excused || no_room || stopping && error == RequestError::Stopping;
         if self.plan.within_model && !excused {
             let asked = pending.asked;

@@ -1,9 +1,11 @@
 //! What a run did, counted by kind: for reports, and for the test that every kind really comes up.
 //!
-//! A new kind of fault or of request is a line in one of the tables here and a call of [`Counts::fault`] or
+//! The kinds of faults are the rows of `faults/table.rs`. A new kind of request is a line in the table here and a call of
 //! [`Counts::request`] where it happens.
 
 use std::fmt::Display;
+
+pub use super::faults::table::FaultKind;
 
 /// An enumeration whose variants are counted: with their number, all of them in order, and a word for each.
 macro_rules! counted {
@@ -25,82 +27,6 @@ macro_rules! counted {
             }
         }
     };
-}
-
-counted! {
-    /// A kind of misfortune, or of an operator's deed in the middle of everything.
-    FaultKind {
-        /// A read failed.
-        ReadError => "read_error",
-        /// A write or zeroes failed with EIO.
-        WriteError => "write_error",
-        /// A write that failed, or that a kill or a power cut ended, landed in part (at sectors).
-        TornWrite => "torn_write",
-        /// A flush failed.
-        FlushError => "flush_error",
-        /// A flush failed and the disk forgot what it was to flush; it succeeds when asked again.
-        FlushLosesCache => "flush_loses_cache",
-        /// And reads showed it at once.
-        FlushTurnsBack => "flush_turns_back",
-        /// A flush failed for what an earlier daemon had not lived to hear of.
-        LateFlushError => "late_flush_error",
-        /// An operation hung for seconds.
-        Hang => "hang",
-        /// A disk answered nothing for a while, then everything.
-        Stuck => "stuck_disk",
-        /// A disk was many times slower for a while.
-        Slow => "slow_disk",
-        /// A disk was gone for a while.
-        Outage => "outage",
-        /// An operation failed because its disk was gone.
-        NoDevice => "no_device_error",
-        /// A disk, or all, had no room for a while.
-        Full => "full",
-        /// A write failed because its disk was full.
-        NoSpace => "no_space_error",
-        /// The daemon was killed.
-        Kill => "kill",
-        /// The power went.
-        PowerCut => "power_cut",
-        /// A kill or power cut while replicas were being brought up to date or regions synced.
-        CrashInResync => "crash_in_resync",
-        /// A kill or power cut before the volume was open.
-        CrashInOpening => "crash_in_opening",
-        /// A kill or power cut while metadata was being written.
-        CrashInMetadata => "crash_in_metadata_write",
-        /// A kill or power cut during an orderly stop.
-        CrashInStop => "crash_in_stop",
-        /// A metadata sector rotted while the daemon was down.
-        Rot => "rot",
-        /// A metadata sector rotted while the daemon ran.
-        RotRunning => "rot_while_running",
-        /// An old copy was put back on a disk.
-        OldCopy => "old_copy",
-        /// Another volume's replica stood at a disk's path.
-        Foreign => "foreign",
-        /// A disk was replaced by a blank one.
-        Blank => "blank",
-        /// A disk was left out of one start.
-        Forgotten => "forgotten",
-        /// Both sides were run alone, then together.
-        Split => "split_brain",
-        /// The volume was served read-only for a while.
-        ReadOnly => "read_only_run",
-        /// `create` was ended by a power cut or a kill.
-        CreateCrash => "create_interrupted",
-        /// `create` met an I/O error.
-        CreateError => "create_error",
-        /// An operator failed a replica.
-        AdminFail => "admin_fail",
-        /// An operator added a replica.
-        AdminAdd => "admin_add",
-        /// An operator removed a replica.
-        AdminRemove => "admin_remove",
-        /// An operator stopped the daemon.
-        AdminStop => "admin_stop",
-        /// An operator asked for the status.
-        AdminStatus => "admin_status",
-    }
 }
 
 counted! {
@@ -279,7 +205,7 @@ impl Counts {
     }
 
     fn tables(&self) -> [(&'static str, Vec<(&'static str, u64)>); 3] {
-        let faults = FaultKind::ALL.iter().map(|kind| kind.word()).zip(self.faults).collect();
+        let faults = FaultKind::counted().map(|kind| (kind.word(), self.faults_of(kind))).collect();
         let requests = RequestKind::ALL.iter().map(|kind| kind.word()).zip(self.requests).collect();
         let device = DeviceKind::ALL.iter().map(|kind| kind.word()).zip(self.device).collect();
         [("faults", faults), ("requests", requests), ("device_operations", device)]

@@ -232,7 +232,7 @@ impl World {
         if rng.per_mille(10) {
             second += base * rng.between(1, 20);
         }
-        if self.chaos && self.victim == Some(disk) && self.rng.per_mille(self.plan.faults.hang) {
+        if self.chaos && self.victim == Some(disk) && self.is_due(FaultKind::Hang) {
             second += self.rng.between(SECOND_NS / 10, 5 * SECOND_NS);
             self.counts.fault(FaultKind::Hang);
         }
@@ -287,7 +287,7 @@ impl World {
         let landing =
             if partly { self.rng.pick(&[Landing::Nothing, Landing::Torn]) } else { Landing::Nothing };
         if let Kind::Flush(mark) = &op.kind {
-            if errno == Errno::EIO && self.plan.faults.flush_loses {
+            if errno == Errno::EIO && self.plan.faults.has(FaultKind::FlushLosesCache) {
                 let lone = self.in_sync_disks().iter().all(|disk| *disk == op.disk);
                 self.disks[op.disk].disk.lose_cache(mark);
                 self.counts.fault(FaultKind::FlushLosesCache);
@@ -320,7 +320,7 @@ impl World {
 
     /// The daemon died while this was in flight: it may have happened, wholly or in part.
     pub(super) fn interrupt(&mut self, mut op: Op) {
-        let lost = op.result == Some(Err(Errno::EIO)) && self.plan.faults.flush_loses;
+        let lost = op.result == Some(Err(Errno::EIO)) && self.plan.faults.has(FaultKind::FlushLosesCache);
         let lost = lost && matches!(op.kind, Kind::Flush(_));
         self.disks[op.disk].unseen_error |= lost;
         self.disks[op.disk].failed_alone |= lost && self.holders == [op.disk];
@@ -336,7 +336,8 @@ impl World {
     fn turn_back(&mut self, op: &Op) {
         let flush_failed = matches!(op.kind, Kind::Flush(_)) && op.result == Some(Err(Errno::EIO));
         let rates = &self.plan.faults;
-        let turns_back = rates.flush_loses && rates.flush_turns_back && self.plan.within_model;
+        let turns_back = rates.has(FaultKind::FlushLosesCache) && rates.has(FaultKind::FlushTurnsBack);
+        let turns_back = turns_back && self.plan.within_model;
         if flush_failed && turns_back && self.in_sync_disks().iter().any(|disk| *disk != op.disk) {
             self.disks[op.disk].disk.turn_back();
             self.counts.fault(FaultKind::FlushTurnsBack);
@@ -357,7 +358,7 @@ impl World {
         // Now and not when it was sent: others may have left since.
         if flush_failed && self.in_sync_disks().iter().all(|disk| *disk == op.disk) {
             self.oracle.copies_not_vouched_for();
-            let lost = op.result == Some(Err(Errno::EIO)) && self.plan.faults.flush_loses;
+            let lost = op.result == Some(Err(Errno::EIO)) && self.plan.faults.has(FaultKind::FlushLosesCache);
             self.disks[op.disk].failed_alone |= lost;
         }
         if let Kind::Write { data, payload, .. } = &op.kind

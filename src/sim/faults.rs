@@ -1,57 +1,21 @@
 //! Misfortune: what goes wrong, when, and on which disk.
 //!
 //! What must hold: within the fault model faults hit one disk at a time (the victim), and only while another one
-//! is in sync and well; the victim changes only when every replica is in sync and recorded so. A new fault is a
-//! variant of [`Fault`] with its rate in `plan.rs`, or a line in `fault_for` or `while_down`.
+//! is in sync and well; the victim changes only when every replica is in sync and recorded so. Which faults there are is
+//! in [`table`]: a new one is one row there.
 
 use nix::errno::Errno;
 
 use crate::mirror::event::{AdminCommand, AdminError, AdminId, Candidate, Event};
 use crate::units::{BLOCK_BYTES, MILLISECOND_NS, ReplicaSlot, SECOND_NS, SECTOR_BYTES};
 
-use super::counts::FaultKind;
 use super::device::{Kind, Op};
 use super::disk::{CutMode, differing_blocks};
 use super::rng::Rng;
 use super::world::{Checked, Daemon, FailNext, SimDisk, Wake, World, violated};
 
-/// A fault that strikes at its time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Fault {
-    /// Another disk becomes the one that faults are aimed at.
-    Aim,
-    /// The daemon is killed.
-    Kill,
-    /// The power goes.
-    Cut,
-    /// A disk is gone for a while.
-    Outage,
-    /// A disk, or all, have no room for a while.
-    Full,
-    /// A disk is much slower for a while.
-    Slow,
-    /// A disk answers nothing for a while.
-    Stuck,
-    /// A metadata sector rots.
-    Rot,
-    /// An operator does something.
-    Admin,
-    /// An operator asks for the status.
-    Status,
-}
-
-const FAULTS: [Fault; 10] = [
-    Fault::Aim,
-    Fault::Kill,
-    Fault::Cut,
-    Fault::Outage,
-    Fault::Full,
-    Fault::Slow,
-    Fault::Stuck,
-    Fault::Rot,
-    Fault::Admin,
-    Fault::Status,
-];
+pub mod table;
+use table::{FaultKind, How};
 
 impl CutMode {
     /// What a power cut does this time.
@@ -61,27 +25,14 @@ impl CutMode {
 }
 
 impl World {
-    /// Every kind of fault of the plan gets its first time.
+    /// Every fault of the plan that has its time gets the first one.
     pub fn arm_faults(&mut self) {
-        for fault in FAULTS {
-            self.rearm(fault);
-        }
+        let timed = |kind: &&FaultKind| matches!(kind.row().how, How::AtItsTime(_));
+        FaultKind::ALL.iter().filter(timed).for_each(|kind| self.rearm(*kind));
     }
 
-    fn rearm(&mut self, fault: Fault) {
-        let rates = &self.plan.faults;
-        let pause_ns = match fault {
-            Fault::Aim => 100 * MILLISECOND_NS,
-            Fault::Kill => rates.kill_pause_ns,
-            Fault::Cut => rates.cut_pause_ns,
-            Fault::Outage => rates.outage_pause_ns,
-            Fault::Full => rates.full_pause_ns,
-            Fault::Slow => rates.slow_pause_ns,
-            Fault::Stuck => rates.stuck_pause_ns,
-            Fault::Rot => rates.rot_pause_ns,
-            Fault::Admin => rates.admin_pause_ns,
-            Fault::Status => rates.status_pause_ns,
-        };
+    fn rearm(&mut self, fault: FaultKind) {
+        let pause_ns = self.plan.faults.of(fault);
         if pause_ns > 0 {
             let delay = self.rng.between(1, 2 * pause_ns);
             self.wake_in(delay, Wake::Fault(fault));
@@ -89,56 +40,23 @@ impl World {
     }
 
     /// A fault strikes.
-    pub(super) fn fault_strikes(&mut self, fault: Fault) -> Checked {
+    pub(super) fn fault_strikes(&mut self, fault: FaultKind) -> Checked {
         self.rearm(fault);
         if !self.chaos || self.daemon.is_none() || self.read_only {
             return Ok(());
         }
-        match fault {
-            Fault::Aim => self.aim(),
-            Fault::Kill => return self.crash_and_restart(false),
-            Fault::Cut => return self.crash_and_restart(true),
-            Fault::Outage => {
-                if let Some(disk) = self.target() {
-                    self.trace(|| format!("disk {disk} is gone"));
-                    self.counts.fault(FaultKind::Outage);
-                    self.disks[disk].gone = true;
-                    let back = self.rng.between(MILLISECOND_NS, 3 * SECOND_NS);
-                    self.wake_in(back, Wake::Better(disk));
-                }
-            }
-            Fault::Full => self.fill_up(),
-            Fault::Slow | Fault::Stuck => self.slow_down(fault),
-            Fault::Rot => {
-                if let Some(disk) = self.target() {
-                    self.counts.fault(FaultKind::RotRunning);
-                    self.rot(disk);
-                    self.disks[disk].rotten = true;
-                    self.meta[disk].forget();
-                }
-            }
-            Fault::Status => {
-                self.counts.fault(FaultKind::AdminStatus);
-                return self.status_is_true();
-            }
-            Fault::Admin => return self.admin_strikes(),
+        let How::AtItsTime(strike) = fault.row().how else { unreachable!("{fault:?} has no time") };
+        if strike(self)? {
+            self.counts.fault(fault);
         }
         Ok(())
     }
 
-    /// The disk that faults are aimed at (any, where nothing is promised) is slow or stuck for a while. Being late is
-    /// no failure, so no other disk has to be well.
-    fn slow_down(&mut self, fault: Fault) {
-        let disk = self.rng.below(self.disks.len() as u64) as usize;
-        let until = self.now.plus(self.rng.between(MILLISECOND_NS, SECOND_NS));
-        self.trace(|| format!("disk {disk}: {fault:?}"));
-        if fault == Fault::Slow {
-            self.counts.fault(FaultKind::Slow);
-            self.disks[disk].slow_until = until;
-        } else {
-            self.counts.fault(FaultKind::Stuck);
-            self.disks[disk].stuck_until = until;
-        }
+    /// Whether a fault whose rate is per mille strikes this time. Chance is asked for some in
+    /// worlds without them, too ([`table::Row::always_asked`]).
+    pub(super) fn is_due(&mut self, kind: FaultKind) -> bool {
+        let rate = self.plan.faults.of(kind);
+        (rate > 0 || kind.row().always_asked()) && self.rng.per_mille(rate)
     }
 
     fn aim(&mut self) {
@@ -196,15 +114,18 @@ impl World {
             .any(|other| other != disk && !self.disks[other].gone && !self.disks[other].full)
     }
 
-    fn fill_up(&mut self) {
-        self.counts.fault(FaultKind::Full);
-        if self.plan.faults.full_everywhere {
+    /// False: no disk may be hurt now.
+    fn fill_up(&mut self) -> bool {
+        let mut hit = false;
+        if self.plan.faults.has(FaultKind::FullEverywhere) {
             self.trace(|| "all disks are full".to_owned());
+            hit = true;
             for disk in 0..self.disks.len() {
                 self.disks[disk].full = true;
             }
         } else if let Some(disk) = self.target() {
             self.trace(|| format!("disk {disk} is full"));
+            hit = true;
             self.disks[disk].full = true;
         }
         for disk in 0..self.disks.len() {
@@ -213,6 +134,7 @@ impl World {
                 self.wake_in(back, Wake::Better(disk));
             }
         }
+        hit
     }
 
     /// Whether an operation fails, and how.
@@ -238,14 +160,13 @@ impl World {
         } else {
             true
         };
-        let rates = &self.plan.faults;
-        let (per_mille, kind) = match op.kind {
-            Kind::Read(_) | Kind::Cache | Kind::Allocation(_) => (rates.read_error, FaultKind::ReadError),
-            Kind::Write { .. } | Kind::Zero(_) => (rates.write_error, FaultKind::WriteError),
-            Kind::Flush(_) => (rates.flush_error, FaultKind::FlushError),
-            Kind::ProbeHole => return None,
-        };
-        (self.chaos && aimed && self.rng.per_mille(per_mille)).then_some((Errno::EIO, kind))
+        if !(self.chaos && aimed) {
+            return None;
+        }
+        FaultKind::ALL.iter().find_map(|kind| match kind.row().how {
+            How::Operation(errno, fits) if fits(op) && self.is_due(*kind) => Some((errno, *kind)),
+            _ => None,
+        })
     }
 
     /// Whether a scripted fault waits for this operation; it strikes once.
@@ -265,18 +186,17 @@ impl World {
     pub(super) fn crash_and_restart(&mut self, cut: bool) -> Checked {
         let victim = self.target();
         let all_in_sync = self.in_sync_disks().len() == self.disks.len();
-        self.count_crash(cut);
+        self.count_crash();
         self.crash(cut);
         self.back_up(victim, all_in_sync)
     }
 
     /// In the middle of what the crash falls.
-    fn count_crash(&mut self, cut: bool) {
+    fn count_crash(&mut self) {
         let Some(daemon) = &self.daemon else { return };
         let metadata = |op: &Op| op.writes() && op.range.offset >= self.plan.volume_bytes;
         let resync = !daemon.resyncing.is_empty() || daemon.mirror.status(self.now).unsynced_bytes > 0;
         let moments = [
-            (true, if cut { FaultKind::PowerCut } else { FaultKind::Kill }),
             (resync, FaultKind::CrashInResync),
             (!daemon.mirror.is_open(), FaultKind::CrashInOpening),
             (daemon.ops.values().any(metadata), FaultKind::CrashInMetadata),
@@ -291,7 +211,6 @@ impl World {
             return Ok(());
         }
         let mut forgotten = None;
-        let rates = self.plan.faults.clone();
         // What nobody else has is not touched: there is no telling a lone copy from an old one.
         let lone = |victim: &usize| self.holders.iter().all(|holder| holder == victim);
         if let Some(victim) = victim.filter(|victim| !self.disks[*victim].gone && !lone(victim)) {
@@ -301,36 +220,17 @@ impl World {
             let copy = self.disks[victim].disk.snapshot();
             // History goes back a number of generations; an older copy is refused (rightly).
             self.disks[victim].copies.retain(|(taken, _)| starts - taken < 12);
-            if self.rng.per_mille(rates.old_copy) && !self.disks[victim].copies.is_empty() {
-                let which = self.rng.below(self.disks[victim].copies.len() as u64) as usize;
-                self.trace(|| format!("disk {victim}: an old copy is put back"));
-                self.counts.fault(FaultKind::OldCopy);
-                let old = self.disks[victim].copies[which].1.clone();
-                self.disks[victim].disk.put_back(old);
-                self.disks[victim].foreign = false;
-                self.suspect = Some(victim);
-            } else if self.rng.per_mille(rates.blank) {
-                self.trace(|| format!("disk {victim}: replaced by a blank one"));
-                self.counts.fault(FaultKind::Blank);
-                self.replace_disk(victim);
-            } else if self.rng.per_mille(rates.foreign) {
-                self.trace(|| format!("disk {victim}: another volume's replica stands there"));
-                self.counts.fault(FaultKind::Foreign);
-                self.make_foreign(victim)?;
-            } else if self.rng.per_mille(rates.rot) {
-                self.counts.fault(FaultKind::Rot);
-                self.rot(victim);
-            }
+            self.strike_while_down(victim)?;
             if self.disks[victim].copies.len() < 3 && own {
                 self.disks[victim].copies.push((starts, copy));
             }
-            forgotten = self.rng.per_mille(rates.forgotten).then_some(victim);
+            forgotten = self.is_due(FaultKind::Forgotten).then_some(victim);
             if forgotten.is_some() {
                 self.counts.fault(FaultKind::Forgotten);
             }
         }
         self.promise_8_stale_alone()?;
-        if all_in_sync && self.suspect.is_none() && self.rng.per_mille(rates.split_brain) {
+        if all_in_sync && self.suspect.is_none() && self.is_due(FaultKind::Split) {
             return self.split_brain();
         }
         let disks: Vec<usize> = (0..self.disks.len()).filter(|disk| Some(*disk) != forgotten).collect();
@@ -339,11 +239,25 @@ impl World {
         if self.holders.iter().all(|disk| self.disks[*disk].gone) {
             self.disks.iter_mut().for_each(|disk| disk.gone = false);
         }
-        if self.rng.per_mille(rates.read_only) {
+        if self.is_due(FaultKind::ReadOnly) {
             self.counts.fault(FaultKind::ReadOnly);
             self.read_only_run(&disks)?;
         }
         if self.beyond_repair { Ok(()) } else { self.start(&disks) }
+    }
+
+    /// Something happens to a disk while the daemon is down, or nothing.
+    fn strike_while_down(&mut self, disk: usize) -> Checked {
+        for kind in FaultKind::ALL {
+            if let How::WhileDown(strike) = kind.row().how
+                && self.is_due(*kind)
+                && strike(self, disk)?
+            {
+                self.counts.fault(*kind);
+                break;
+            }
+        }
+        Ok(())
     }
 
     /// The volume is served read-only for some requests and killed.

@@ -7,7 +7,7 @@
 //! - `promises`: one check a promise; `recovery`: of what a crash would leave; `status_check`: of what is shown.
 //! - `run`: a seed from create to stop. `swarm`: many seeds; `bugs`: with planted bugs.
 //!
-//! A new fault is one place (`faults.rs`, with its rate in `plan.rs`), a new promise is one place (`promises.rs`).
+//! A new fault is one place (a row of the table in `faults/table.rs`), a new promise is one place (`promises.rs`).
 
 pub mod boot;
 pub mod bugs;

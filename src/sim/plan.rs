@@ -1,61 +1,11 @@
 //! What one seed's world is like: everything that chance decides beforehand (swarm testing: each seed
 //! switches kinds of operations and faults on and off, so that rare mixes come up).
 
-use crate::units::{BLOCK_BYTES, MILLISECOND_NS, REGION_BYTES_MIN, SECOND_NS};
+use crate::units::{BLOCK_BYTES, MILLISECOND_NS, REGION_BYTES_MIN};
 
 use super::rng::Rng;
 
-/// How likely each fault is. Device faults are per mille of operations on the disk that faults are aimed at;
-/// the rest are mean pauses between two of a kind, nanoseconds of virtual time, 0: never.
-#[derive(Clone, Debug, Default)]
-pub struct FaultRates {
-    /// Reads that fail with EIO, per mille.
-    pub read_error: u64,
-    /// Writes that fail with EIO having been applied in part or not at all, per mille.
-    pub write_error: u64,
-    /// Flushes that fail, per mille.
-    pub flush_error: u64,
-    /// A failed flush also loses what it was to flush.
-    pub flush_loses: bool,
-    /// And reads show that as soon as the daemon hears of it (else a power cut does).
-    pub flush_turns_back: bool,
-    /// Operations that hang for seconds and then end, per mille.
-    pub hang: u64,
-    /// The daemon is killed.
-    pub kill_pause_ns: u64,
-    /// The power goes.
-    pub cut_pause_ns: u64,
-    /// A disk is gone for a while.
-    pub outage_pause_ns: u64,
-    /// A disk's filesystem is full for a while.
-    pub full_pause_ns: u64,
-    /// All disks are full at the same time.
-    pub full_everywhere: bool,
-    /// A disk is many times slower for a while.
-    pub slow_pause_ns: u64,
-    /// A disk answers nothing for a while.
-    pub stuck_pause_ns: u64,
-    /// A metadata sector rots while the daemon runs.
-    pub rot_pause_ns: u64,
-    /// An operator fails, removes, adds, stops.
-    pub admin_pause_ns: u64,
-    /// An operator asks for the status.
-    pub status_pause_ns: u64,
-    /// While down: a disk's content is replaced by an older copy, per mille of restarts.
-    pub old_copy: u64,
-    /// While down: a disk is replaced by a blank one, per mille of restarts.
-    pub blank: u64,
-    /// While down: another volume's replica stands at a disk's path, per mille of restarts.
-    pub foreign: u64,
-    /// While down: the volume is served read-only first, per mille of restarts.
-    pub read_only: u64,
-    /// While down: a metadata sector rots, per mille of restarts.
-    pub rot: u64,
-    /// While down: both sides are run alone, then together, per mille of restarts.
-    pub split_brain: u64,
-    /// While down: a disk is forgotten for one start, per mille of restarts.
-    pub forgotten: u64,
-}
+pub use super::faults::table::{FaultKind, FaultRates};
 
 /// Shares of the operations that clients send, as weights.
 #[derive(Clone, Debug)]
@@ -135,8 +85,6 @@ impl Plan {
         let cut = rng.below(region_bytes / BLOCK_BYTES) * BLOCK_BYTES;
         let volume_bytes = (regions * region_bytes - cut).max(BLOCK_BYTES);
         let within_model = rng.per_mille(650);
-        // Drawn apart: the other draws stay what they were before there was this one.
-        let flush_turns_back = Rng::new(seed ^ 0x7475_726e_6261_636b).coin();
         Self {
             seed,
             volume_bytes,
@@ -150,7 +98,7 @@ impl Plan {
             latency_ns: rng.pick(&[20_000, 100_000, 2_000_000]),
             slow_factor: rng.pick(&[1, 1, 10]),
             within_model,
-            faults: FaultRates { flush_turns_back, ..FaultRates::draw(&mut rng, replicas, within_model) },
+            faults: FaultRates::draw(seed, &mut rng, replicas == 1 && within_model),
             write_mostly: rng.pick(&[0, 0, 300, 1000]),
             intent_idle_ns: rng.pick(&[5, 50, 500, 5000]) * MILLISECOND_NS,
             resync_jobs_max: rng.between(1, 6) as usize,
@@ -180,58 +128,5 @@ impl Mix {
             cache: rng.pick(&[0, 10, 40]),
             fast: rng.pick(&[0, 100, 500]),
         }
-    }
-}
-
-impl FaultRates {
-    fn draw(rng: &mut Rng, replicas: usize, within_model: bool) -> Self {
-        let mut sometimes = |per_mille: u64, values: &[u64]| {
-            if rng.per_mille(per_mille) { values[rng.below(values.len() as u64) as usize] } else { 0 }
-        };
-        let pauses = &[20 * MILLISECOND_NS, 200 * MILLISECOND_NS, SECOND_NS];
-        // What only delays, or needs no crash to be seen, comes more rarely: the world is to get somewhere, too.
-        let long = &[200 * MILLISECOND_NS, SECOND_NS, 5 * SECOND_NS];
-        let mut rates = Self {
-            read_error: sometimes(300, &[2, 20, 200]),
-            write_error: sometimes(300, &[2, 10, 100]),
-            flush_error: sometimes(300, &[10, 100, 500]),
-            flush_loses: sometimes(500, &[1]) == 1,
-            flush_turns_back: false,
-            hang: sometimes(150, &[2, 10]),
-            kill_pause_ns: sometimes(600, pauses),
-            cut_pause_ns: sometimes(500, pauses),
-            outage_pause_ns: sometimes(400, pauses),
-            full_pause_ns: sometimes(150, pauses),
-            full_everywhere: sometimes(300, &[1]) == 1,
-            slow_pause_ns: sometimes(200, long),
-            stuck_pause_ns: sometimes(150, long),
-            rot_pause_ns: sometimes(200, long),
-            admin_pause_ns: sometimes(350, pauses),
-            status_pause_ns: sometimes(500, long),
-            old_copy: sometimes(200, &[100, 400]),
-            blank: sometimes(200, &[100, 300]),
-            foreign: sometimes(200, &[100, 300]),
-            read_only: sometimes(250, &[100, 400]),
-            rot: sometimes(300, &[100, 500]),
-            split_brain: sometimes(150, &[200, 500]),
-            forgotten: sometimes(300, &[100, 400]),
-        };
-        if replicas == 1 && within_model {
-            // Nothing may be lost, and there is nothing to lose a disk to.
-            rates = Self {
-                kill_pause_ns: rates.kill_pause_ns,
-                cut_pause_ns: rates.cut_pause_ns,
-                hang: rates.hang,
-                slow_pause_ns: rates.slow_pause_ns,
-                stuck_pause_ns: rates.stuck_pause_ns,
-                status_pause_ns: rates.status_pause_ns,
-                read_only: rates.read_only,
-                admin_pause_ns: rates.admin_pause_ns,
-                full_pause_ns: rates.full_pause_ns,
-                full_everywhere: true,
-                ..Self::default()
-            };
-        }
-        rates
     }
 }

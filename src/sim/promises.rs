@@ -25,6 +25,7 @@ use crate::format::superblock::MemberState;
 use crate::units::{BLOCK_BYTES, ByteRange, RegionIndex, ReplicaSet, ReplicaSlot};
 
 use super::client::{Asked, Pending};
+use super::counts::FaultKind;
 use super::device::{Kind, Op};
 use super::disk::{first_difference, image_holds, image_is_zero, read_image};
 use super::world::{Checked, World, violated};
@@ -368,7 +369,10 @@ impl World {
     /// Promise 6: within the fault model only the disk that was hurt, or that a command named (the same one), stops being
     /// in sync. (In a script nobody is the victim.)
     pub(super) fn promise_6_the_well_stay(&self, left: ReplicaSet) -> Checked {
-        let aimed = self.plan.within_model && self.chaos && !self.plan.faults.full_everywhere && !self.split;
+        let aimed = self.plan.within_model
+            && self.chaos
+            && !self.plan.faults.has(FaultKind::FullEverywhere)
+            && !self.split;
         for disk in left.iter().filter(|_| aimed).filter_map(|slot| self.disk_of(slot)) {
             if self.victim.is_some_and(|victim| victim != disk) {
                 return violated("promise_6_never_the_last", format!("disk {disk} is well and was failed"));

@@ -25,7 +25,7 @@ use super::client::{Client, Pending};
 use super::counts::Counts;
 use super::device::Op;
 use super::disk::{Disk, Image};
-use super::faults::Fault;
+use super::faults::table::FaultKind;
 use super::oracle::Oracle;
 use super::plan::Plan;
 use super::promises::MetaView;
@@ -61,7 +61,7 @@ pub enum Wake {
     /// The core wanted a tick.
     Tick(u64),
     /// A fault of this kind.
-    Fault(Fault),
+    Fault(FaultKind),
     /// A disk is there again, has room again.
     Better(usize),
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use nbdmirror::mirror::status::{Health, ReplicaState};
 
-use crate::support::daemon::{Daemon, Volume, assert_same_bytes, folder};
+use crate::support::daemon::{Daemon, Volume, assert_same_bytes, folder, nbdmirror};
 use crate::support::rng::Rng;
 use crate::support::skip;
 use crate::support::tools::{FaultyDisk, SmallFilesystem, is_root};
@@ -194,20 +194,35 @@ impl EachBytes for Vec<std::path::PathBuf> {
     }
 }
 
+/// Resyncs that may be over before the kill.
+const KILLS_MAX: u32 = 20;
+
+/// The state that a replica's own superblock says it is in; nobody serves it.
+fn own_state(replica: &Path) -> String {
+    let said = nbdmirror(["examine".as_ref(), "--json".as_ref(), replica.as_os_str()]).ok();
+    let examined: serde_json::Value = serde_json::from_str(&said).unwrap();
+    let facts = &examined[0]["replica"];
+    let mut members = facts["members"].as_array().unwrap().iter();
+    let own = members.find(|member| member["slot"] == facts["slot"]).unwrap();
+    own["state"].as_str().unwrap().to_owned()
+}
+
 #[test]
 fn a_stale_replica_alone_is_refused() {
     const MIBS: u64 = 192;
     let volume = Volume::new(MIBS * MIB, &[]);
-    let daemon = volume.start();
-    daemon.verb("fail", &volume.replicas[1]).ok();
-    fill(&daemon, 0, MIBS);
-    // Its own superblock says that it is not in sync only once a resync has begun: kill in the middle of one.
-    daemon.verb("add", &volume.replicas[1]).ok();
-    let status = daemon.status();
-    daemon.kill();
-    if status.replicas.iter().all(|replica| replica.state == ReplicaState::InSync) {
-        return skip("the resync was over before the kill");
-    }
+    // Its own superblock says that it is not in sync only while a resync is under way: killed in the middle of one. Each
+    // try that comes too late (what stands on it says so) is followed by another one.
+    let is_resyncing = (0..KILLS_MAX).any(|_| {
+        let daemon = volume.start();
+        daemon.wait_in_sync();
+        daemon.verb("fail", &volume.replicas[1]).ok();
+        fill(&daemon, 0, MIBS);
+        daemon.verb("add", &volume.replicas[1]).ok();
+        daemon.kill();
+        own_state(&volume.replicas[1]) == "resyncing"
+    });
+    assert!(is_resyncing, "each of {KILLS_MAX} resyncs of {MIBS} MiB was over before the kill");
     let before = bytes_of(&volume.replicas[1]);
     let alone = Alone::new(&volume, &volume.replicas[1]);
     let Err(said) = alone.1.try_start(&[]) else { panic!("a stale replica alone is served") };

@@ -80,7 +80,7 @@ impl Crashes {
 
     /// Crashes the world of `run` at this moment in every way. `name` is left at the one that did not end well.
     pub(super) fn all_here(&self, run: &Run, limits: Limits, name: &mut Option<CrashName>) -> Checked {
-        for crash in [Crash::Kill, Crash::PowerCut] {
+        for crash in Crash::judged(&run.world) {
             self.points.fetch_add(1, Ordering::Relaxed);
             let point = run.world.crash_point(crash);
             if locked(&self.seen_points).insert(point.identity()) {

@@ -15,7 +15,7 @@ use crate::sim::counts::FaultKind;
 use crate::sim::device::Kind;
 use crate::sim::world::{Checked, OpKey, Violation, World, violated};
 
-use super::worlds::{Setup, SmallWorld};
+use super::worlds::{Fault, Setup, SmallWorld};
 
 /// More ticks than this with requests waiting and nothing else to do: they wait for ever.
 const IDLE_TICKS_MAX: u32 = 40;
@@ -155,12 +155,16 @@ impl Run {
         if due && (self.ticks < self.row.ticks || idle && !daemon.requests.is_empty()) {
             choices.push(Choice::Tick);
         }
-        if self.row.fault && !self.failed {
+        if !self.failed {
             for (key, op) in &daemon.ops {
-                choices.push(Choice::Fail(*key, Failure::Clean));
-                if matches!(op.kind, Kind::Write { .. } | Kind::Zero(_) | Kind::Flush(_)) {
-                    choices.push(Choice::Fail(*key, Failure::Dirty));
-                }
+                let (clean, dirty) = match (self.row.fault, &op.kind) {
+                    (Fault::None, _) => (false, false),
+                    (Fault::Any, Kind::Write { .. } | Kind::Zero(_) | Kind::Flush(_)) => (true, true),
+                    (Fault::Any, _) => (true, false),
+                    (Fault::TurnsBack, kind) => (false, matches!(kind, Kind::Flush(_))),
+                };
+                choices.extend(clean.then_some(Choice::Fail(*key, Failure::Clean)));
+                choices.extend(dirty.then_some(Choice::Fail(*key, Failure::Dirty)));
             }
         }
         let stuck = choices.is_empty() || self.idle_ticks > IDLE_TICKS_MAX;

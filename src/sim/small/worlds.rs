@@ -4,7 +4,7 @@
 //! lie in one region, `BLOCK_C` in another.
 
 use crate::sim::client::Asked;
-use crate::sim::plan::{FaultRates, Mix, Plan};
+use crate::sim::plan::{FaultKind, FaultRates, Mix, Plan};
 use crate::units::{BLOCK_BYTES, MILLISECOND_NS, REGION_BYTES_MIN};
 
 /// The first block of the volume.
@@ -57,6 +57,17 @@ pub enum Setup {
     Alone,
 }
 
+/// What may go wrong in a small world, once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// Nothing.
+    None,
+    /// A device operation fails, any one, in each way there is.
+    Any,
+    /// A flush fails, any one, and reads turn back at once to what it was to make durable, where another replica is in sync.
+    TurnsBack,
+}
+
 /// One small world.
 #[derive(Clone, Copy, Debug)]
 pub struct SmallWorld {
@@ -71,8 +82,8 @@ pub struct SmallWorld {
     /// How often the core's tick may come at any moment at which it is due. (Where nothing else moves, and
     /// requests wait, it comes anyway.)
     pub ticks: u32,
-    /// One device operation may fail, any one, in each way there is.
-    pub fault: bool,
+    /// What may go wrong, once.
+    pub fault: Fault,
     /// Part of the quick run.
     pub quick: bool,
 }
@@ -85,7 +96,7 @@ pub const WORLDS: &[SmallWorld] = &[
         setup: Setup::Fresh,
         clients: &[&[write(BLOCK_A)], &[write(BLOCK_B)]],
         ticks: 2,
-        fault: false,
+        fault: Fault::None,
         quick: true,
     },
     SmallWorld {
@@ -94,7 +105,7 @@ pub const WORLDS: &[SmallWorld] = &[
         setup: Setup::Fresh,
         clients: &[&[write(BLOCK_A)], &[write(BLOCK_A)]],
         ticks: 2,
-        fault: false,
+        fault: Fault::None,
         quick: true,
     },
     SmallWorld {
@@ -103,7 +114,7 @@ pub const WORLDS: &[SmallWorld] = &[
         setup: Setup::Fresh,
         clients: &[&[Step { len: 2 * BLOCK_BYTES, ..write(BLOCK_A) }], &[write(BLOCK_B)]],
         ticks: 0,
-        fault: false,
+        fault: Fault::None,
         quick: true,
     },
     SmallWorld {
@@ -112,7 +123,7 @@ pub const WORLDS: &[SmallWorld] = &[
         setup: Setup::Fresh,
         clients: &[&[Step { len: 300, ..write(100) }], &[Step { len: 300, ..write(300) }]],
         ticks: 0,
-        fault: false,
+        fault: Fault::None,
         quick: true,
     },
     SmallWorld {
@@ -121,7 +132,7 @@ pub const WORLDS: &[SmallWorld] = &[
         setup: Setup::Fresh,
         clients: &[&[write(BLOCK_A)], &[write(BLOCK_C)]],
         ticks: 1,
-        fault: false,
+        fault: Fault::None,
         quick: false,
     },
     SmallWorld {
@@ -130,7 +141,7 @@ pub const WORLDS: &[SmallWorld] = &[
         setup: Setup::Fresh,
         clients: &[&[write(BLOCK_A), write(BLOCK_A)], &[write(BLOCK_A)]],
         ticks: 1,
-        fault: false,
+        fault: Fault::None,
         quick: false,
     },
     SmallWorld {
@@ -139,7 +150,7 @@ pub const WORLDS: &[SmallWorld] = &[
         setup: Setup::Fresh,
         clients: &[&[write(BLOCK_A), FLUSH], &[write(BLOCK_B)]],
         ticks: 0,
-        fault: false,
+        fault: Fault::None,
         quick: true,
     },
     SmallWorld {
@@ -148,7 +159,7 @@ pub const WORLDS: &[SmallWorld] = &[
         setup: Setup::Fresh,
         clients: &[&[write(BLOCK_A)], &[Step { fua: true, ..write(BLOCK_A) }]],
         ticks: 1,
-        fault: false,
+        fault: Fault::None,
         quick: true,
     },
     SmallWorld {
@@ -157,7 +168,7 @@ pub const WORLDS: &[SmallWorld] = &[
         setup: Setup::Fresh,
         clients: &[&[write(BLOCK_A)], &[read(BLOCK_A), read(BLOCK_A)]],
         ticks: 1,
-        fault: false,
+        fault: Fault::None,
         quick: true,
     },
     SmallWorld {
@@ -166,7 +177,7 @@ pub const WORLDS: &[SmallWorld] = &[
         setup: Setup::Fresh,
         clients: &[&[write(BLOCK_A)], &[FLUSH, FLUSH]],
         ticks: 0,
-        fault: false,
+        fault: Fault::None,
         quick: false,
     },
     SmallWorld {
@@ -175,7 +186,7 @@ pub const WORLDS: &[SmallWorld] = &[
         setup: Setup::Fresh,
         clients: &[&[write(BLOCK_A)], &[step(Asked::Trim, BLOCK_A), read(BLOCK_A)]],
         ticks: 0,
-        fault: false,
+        fault: Fault::None,
         quick: true,
     },
     SmallWorld {
@@ -184,7 +195,7 @@ pub const WORLDS: &[SmallWorld] = &[
         setup: Setup::Fresh,
         clients: &[&[write(BLOCK_A)], &[step(Asked::Zero, BLOCK_A)]],
         ticks: 1,
-        fault: false,
+        fault: Fault::None,
         quick: true,
     },
     SmallWorld {
@@ -193,7 +204,7 @@ pub const WORLDS: &[SmallWorld] = &[
         setup: Setup::Fresh,
         clients: &[&[write(BLOCK_A)], &[write(BLOCK_B)]],
         ticks: 0,
-        fault: true,
+        fault: Fault::Any,
         quick: false,
     },
     SmallWorld {
@@ -202,7 +213,7 @@ pub const WORLDS: &[SmallWorld] = &[
         setup: Setup::Fresh,
         clients: &[&[write(BLOCK_A)], &[write(BLOCK_A)]],
         ticks: 0,
-        fault: true,
+        fault: Fault::Any,
         quick: true,
     },
     SmallWorld {
@@ -211,7 +222,7 @@ pub const WORLDS: &[SmallWorld] = &[
         setup: Setup::Fresh,
         clients: &[&[write(BLOCK_A), FLUSH, write(BLOCK_A)]],
         ticks: 1,
-        fault: true,
+        fault: Fault::Any,
         quick: true,
     },
     SmallWorld {
@@ -220,8 +231,26 @@ pub const WORLDS: &[SmallWorld] = &[
         setup: Setup::Fresh,
         clients: &[&[write(BLOCK_A)]],
         ticks: 3,
-        fault: true,
+        fault: Fault::Any,
         quick: true,
+    },
+    SmallWorld {
+        name: "turns-back-read",
+        about: "a read while a flush fails and turns reads back",
+        setup: Setup::Fresh,
+        clients: &[&[write(BLOCK_A), FLUSH], &[read(BLOCK_A)]],
+        ticks: 0,
+        fault: Fault::TurnsBack,
+        quick: true,
+    },
+    SmallWorld {
+        name: "turns-back-unaligned",
+        about: "a write of part of a sector while a flush fails and turns reads back",
+        setup: Setup::Fresh,
+        clients: &[&[write(BLOCK_A), FLUSH], &[Step { len: 300, ..write(100) }]],
+        ticks: 0,
+        fault: Fault::TurnsBack,
+        quick: false,
     },
     SmallWorld {
         name: "opening",
@@ -229,7 +258,7 @@ pub const WORLDS: &[SmallWorld] = &[
         setup: Setup::Opening,
         clients: &[&[write(BLOCK_A)], &[write(BLOCK_A)]],
         ticks: 0,
-        fault: false,
+        fault: Fault::None,
         quick: false,
     },
     SmallWorld {
@@ -238,7 +267,7 @@ pub const WORLDS: &[SmallWorld] = &[
         setup: Setup::Opening,
         clients: &[&[write(BLOCK_A)]],
         ticks: 0,
-        fault: true,
+        fault: Fault::Any,
         quick: false,
     },
     SmallWorld {
@@ -247,7 +276,7 @@ pub const WORLDS: &[SmallWorld] = &[
         setup: Setup::Returned,
         clients: &[&[write(BLOCK_A)], &[read(BLOCK_A)]],
         ticks: 0,
-        fault: false,
+        fault: Fault::None,
         quick: false,
     },
     SmallWorld {
@@ -256,7 +285,7 @@ pub const WORLDS: &[SmallWorld] = &[
         setup: Setup::Returned,
         clients: &[&[write(BLOCK_A)]],
         ticks: 0,
-        fault: false,
+        fault: Fault::None,
         quick: true,
     },
     SmallWorld {
@@ -265,7 +294,7 @@ pub const WORLDS: &[SmallWorld] = &[
         setup: Setup::Returned,
         clients: &[&[write(BLOCK_B)]],
         ticks: 0,
-        fault: true,
+        fault: Fault::Any,
         quick: false,
     },
     SmallWorld {
@@ -274,7 +303,7 @@ pub const WORLDS: &[SmallWorld] = &[
         setup: Setup::Returned,
         clients: &[&[read(BLOCK_A)], &[read(BLOCK_A)]],
         ticks: 0,
-        fault: false,
+        fault: Fault::None,
         quick: false,
     },
     SmallWorld {
@@ -283,7 +312,7 @@ pub const WORLDS: &[SmallWorld] = &[
         setup: Setup::Alone,
         clients: &[&[write(BLOCK_A), FLUSH, FLUSH]],
         ticks: 0,
-        fault: true,
+        fault: Fault::Any,
         quick: true,
     },
     SmallWorld {
@@ -292,7 +321,7 @@ pub const WORLDS: &[SmallWorld] = &[
         setup: Setup::Alone,
         clients: &[&[write(BLOCK_A)], &[read(BLOCK_A)]],
         ticks: 0,
-        fault: true,
+        fault: Fault::Any,
         quick: true,
     },
     SmallWorld {
@@ -301,7 +330,7 @@ pub const WORLDS: &[SmallWorld] = &[
         setup: Setup::HalfWritten(0),
         clients: &[&[read(BLOCK_A), read(BLOCK_A)], &[read(BLOCK_A)]],
         ticks: 0,
-        fault: false,
+        fault: Fault::None,
         quick: true,
     },
     SmallWorld {
@@ -310,7 +339,7 @@ pub const WORLDS: &[SmallWorld] = &[
         setup: Setup::HalfWritten(1),
         clients: &[&[read(BLOCK_A), read(BLOCK_A)], &[read(BLOCK_A)]],
         ticks: 0,
-        fault: false,
+        fault: Fault::None,
         quick: true,
     },
     SmallWorld {
@@ -319,7 +348,7 @@ pub const WORLDS: &[SmallWorld] = &[
         setup: Setup::HalfWritten(0),
         clients: &[&[write(BLOCK_B)], &[read(BLOCK_A)]],
         ticks: 0,
-        fault: false,
+        fault: Fault::None,
         quick: false,
     },
     SmallWorld {
@@ -328,7 +357,7 @@ pub const WORLDS: &[SmallWorld] = &[
         setup: Setup::HalfWritten(1),
         clients: &[&[read(BLOCK_A), read(BLOCK_A)]],
         ticks: 0,
-        fault: true,
+        fault: Fault::Any,
         quick: false,
     },
 ];
@@ -369,8 +398,10 @@ impl SmallWorld {
             slow_factor: 1,
             write_mostly: 0,
             // A fault of the only replica is beyond the model: errors are legal, wrong data never.
-            within_model: !(self.fault && self.setup == Setup::Alone),
-            faults: FaultRates { flush_loses: true, ..FaultRates::default() },
+            within_model: !(self.fault != Fault::None && self.setup == Setup::Alone),
+            faults: FaultRates::NONE
+                .with(FaultKind::FlushLosesCache, 1)
+                .with(FaultKind::FlushTurnsBack, u64::from(self.fault == Fault::TurnsBack)),
             intent_idle_ns: 50 * MILLISECOND_NS,
             resync_jobs_max: 2,
             resync_burst_ns: 16_000_000,

@@ -235,7 +235,7 @@ impl Explorer {
     fn crash_here(self: &Rc<Self>, watched: &Watched, world: &World) {
         let depth = watched.from.0.len();
         let cap = if depth == 0 { self.settings.cap } else { self.settings.cap2 };
-        for crash in [Crash::PowerCut, Crash::Kill] {
+        for crash in Crash::judged(world) {
             let point = world.crash_point(crash);
             let (outcomes, all) = point.choose(cap);
             {

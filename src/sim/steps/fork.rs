@@ -19,6 +19,7 @@ use std::fmt::{self, Display};
 use std::rc::Rc;
 use std::str::FromStr;
 
+use super::super::counts::FaultKind;
 use super::super::device::Kind;
 use super::super::disk::{ContentHash, WriteSeq};
 use super::super::rng::Rng;
@@ -32,6 +33,15 @@ pub enum Crash {
     PowerCut,
     /// Alone (SIGKILL): the caches stay.
     Kill,
+}
+
+impl Crash {
+    /// Those that what is left can be judged after. A kill is none of them where a replica that is trusted has turned back
+    /// after a failed flush: nobody who lives knows of it (see `World::crash`).
+    pub fn judged(world: &World) -> impl Iterator<Item = Self> {
+        let kill = (!world.holder_turned_back()).then_some(Self::Kill);
+        [Self::PowerCut].into_iter().chain(kill)
+    }
 }
 
 /// Names a joint outcome at one crash point.
@@ -153,7 +163,8 @@ impl World {
         let mut open = Vec::new();
         let ops = self.daemon.iter().flat_map(|daemon| daemon.ops.values());
         for op in ops {
-            let lost = op.result == Some(Err(nix::errno::Errno::EIO)) && self.plan.faults.flush_loses;
+            let lost = op.result == Some(Err(nix::errno::Errno::EIO))
+                && self.plan.faults.has(FaultKind::FlushLosesCache);
             base.disks[op.disk].unseen_error |=
                 crash == Crash::Kill && lost && matches!(op.kind, Kind::Flush(_));
             if op.result.is_some() || base.disks[op.disk].gone {

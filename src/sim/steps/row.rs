@@ -31,6 +31,8 @@ pub enum Step {
     Back(usize),
     /// The next operation of this kind on a disk fails; a flush loses the cache.
     FailNext(usize, FailNext),
+    /// From here on reads show at once what a flush that fails has lost, while another replica is in sync.
+    TurnsBack,
     /// From here on a disk is so many times slower.
     Slow(usize, u64),
     /// From here on requests may fail: no replica is well.

@@ -7,7 +7,7 @@ use crate::format::assemble::{AssembleError, AssembleOptions, assemble};
 use crate::format::create::Created;
 use crate::mirror::event::AdminCommand;
 use crate::sim::client::Asked;
-use crate::sim::plan::{FaultRates, Mix, Plan};
+use crate::sim::plan::{FaultKind, FaultRates, Mix, Plan};
 use crate::sim::world::{Checked, Violation, World, violated};
 use crate::units::{ByteRange, MILLISECOND_NS, ReplicaSlot, SECOND_NS};
 
@@ -44,7 +44,7 @@ fn plan(scenario: &Scenario, seed: u64) -> Plan {
         slow_factor: 1,
         write_mostly: 0,
         within_model: true,
-        faults: FaultRates { flush_loses: true, ..FaultRates::default() },
+        faults: FaultRates::NONE.with(FaultKind::FlushLosesCache, 1),
         intent_idle_ns: 50 * MILLISECOND_NS,
         resync_jobs_max: 2,
         resync_burst_ns: 16_000_000,
@@ -141,6 +141,10 @@ fn one(world: &mut World, step: Step) -> Checked {
         }
         Step::FailNext(disk, kind) => {
             world.next_fails.push((disk, kind));
+            Ok(())
+        }
+        Step::TurnsBack => {
+            world.plan.faults = world.plan.faults.with(FaultKind::FlushTurnsBack, 1);
             Ok(())
         }
         Step::Slow(disk, factor) => {
