@@ -4,7 +4,7 @@
 #![cfg(feature = "sim")]
 #![allow(clippy::unwrap_used, reason = "a test")]
 
-use nbdmirror::planted::{BUGS, Bug};
+use nbdmirror::planted::{BUGS, Bug, NOT_BY_CHANCE};
 use nbdmirror::sim::steps::explore::{Address, Settings};
 use nbdmirror::sim::steps::report::Report;
 use nbdmirror::sim::steps::row::Scenario;
@@ -34,6 +34,7 @@ const CAUGHT: &[Bug] = &[
     Bug::FlushOneReplicaOnly,
     Bug::FuaIgnored,
     Bug::ZeroOneReplica,
+    Bug::BelieveAfterFailedFlush,
 ];
 
 fn all() -> Vec<&'static Scenario> {
@@ -113,4 +114,5 @@ fn planted_bugs_are_caught_by_scenarios() {
         }
     }
     assert!(missed.is_empty(), "not caught: {missed:?}");
+    assert!(NOT_BY_CHANCE.iter().all(|bug| CAUGHT.contains(bug)), "every bug is caught by something");
 }

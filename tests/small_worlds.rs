@@ -28,6 +28,7 @@ const CAUGHT_IN: &[(Bug, &str)] = &[
     (Bug::FuaIgnored, "fua"),
     (Bug::ZeroOneReplica, "zero"),
     (Bug::FlushFailureForgotten, "alone"),
+    (Bug::BelieveAfterFailedFlush, "turns-back-read"),
 ];
 
 fn threads() -> usize {

@@ -16,6 +16,7 @@ use super::event::DeviceTraits;
 use super::status::ReplicaState;
 use crate::format::layout::Layout;
 use crate::format::superblock::{Member, MemberState};
+use crate::planted::{Bug, planted};
 use crate::units::{ReplicaSet, ReplicaSlot};
 
 /// One member of the volume.
@@ -88,7 +89,9 @@ impl Mirror {
     /// Whether what the replica in `slot` has just read counts: a flush of it may have failed while it was reading, and it may
     /// have read what was left then. One that is not in sync (a planted bug reads it) is nobody's to judge here.
     pub(super) fn is_believed(&self, slot: ReplicaSlot) -> bool {
-        !self.in_sync.contains(slot) || self.readable().contains(slot)
+        !self.in_sync.contains(slot)
+            || self.readable().contains(slot)
+            || planted(Bug::BelieveAfterFailedFlush)
     }
 
     /// Members of the volume that take no writes.

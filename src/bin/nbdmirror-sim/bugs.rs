@@ -1,7 +1,7 @@
 //! `nbdmirror-sim bugs`: the table of planted bugs.
 
 use clap::Args;
-use nbdmirror::planted::{BUGS, Bug};
+use nbdmirror::planted::Bug;
 use nbdmirror::sim::bugs::Hunt;
 use nbdmirror::sim::swarm::available_threads;
 
@@ -29,7 +29,7 @@ pub(crate) struct BugsArgs {
 
 /// Runs it. False: something failed.
 pub(crate) fn run(args: &BugsArgs) -> bool {
-    let bugs = args.bug.map_or_else(|| BUGS.to_vec(), |bug| vec![bug]);
+    let bugs = args.bug.map_or_else(Bug::found_by_chance, |bug| vec![bug]);
     let hunt = Hunt { hunts: args.hunts, limit: args.limit, first: args.first, threads: args.threads };
     let table = hunt.run(&bugs);
     if args.json {
