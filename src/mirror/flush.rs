@@ -128,13 +128,13 @@ impl Mirror {
         }
         if let Err(errno) = result {
             self.replica_mut(slot).flush_failed = true;
-            if self.in_sync.contains(slot) {
-                self.source_lost_writes();
-            }
             tickets.append(&mut self.flushes.rounds[slot.index()].next);
             self.notice(NoticeLevel::Error, format!("{}: flush failed: {errno}", self.describe(slot)));
-            if self.in_sync.iter().all(|slot| self.replica(slot).flush_failed) {
-                self.notice(NoticeLevel::Error, NOBODY_FLUSHED.to_owned());
+            if self.in_sync.contains(slot) {
+                self.source_lost_writes();
+                if self.in_sync.iter().all(|slot| self.replica(slot).flush_failed) {
+                    self.notice(NoticeLevel::Error, NOBODY_FLUSHED.to_owned());
+                }
             }
         }
         // Tickets that will fail a replica come first: nothing is answered before that is known.

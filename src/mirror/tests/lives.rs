@@ -64,6 +64,20 @@ fn a_replica_that_lost_a_flush_leaves_when_another_one_joins() {
 }
 
 #[test]
+fn that_nobody_can_be_flushed_is_said_once_and_not_again_of_one_that_comes() {
+    let mut world = World::new(2);
+    world.admin(AdminCommand::Fail(slot(1))).unwrap();
+    world.write(0, 4096, 1).unwrap();
+    world.fault = Box::new(|_, request| is_flush(request).then_some(Errno::EIO));
+    assert!(world.call(Request::Flush).is_err());
+    world.add(1, false).unwrap();
+    world.wait(SECOND_NS / 10);
+    assert_eq!(world.state(1), ReplicaState::Faulty);
+    let told = world.notices.iter().filter(|text| text.contains("no replica in sync can be flushed"));
+    assert_eq!(told.count(), 1);
+}
+
+#[test]
 fn a_replica_whose_flush_failed_does_not_join() {
     let mut world = World::new(2);
     world.admin(AdminCommand::Fail(slot(0))).unwrap();
